@@ -1,0 +1,199 @@
+"""Evaluation: how well does a retriever find the relevant documents of a test collection?
+
+    python eval.py --model BASE [--adapter runs/smol/retriever] --data scifact nfcorpus --out results.json
+    python eval.py --bm25 --data scifact                  # the lexical baseline; with --model too: dense, bm25 and fused
+
+A collection is a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv. Every document is scored against
+every query, exactly. A *run* is {query id: {document id: score}}, as deep as --top_k; *qrels* are {query id: {document
+id: grade}}. The measures are trec_eval's: they rank by float32 score, equal scores by document id in descending order,
+and leave out queries that have no relevant document.
+
+Shapes:   Q queries   P passages (documents)   D hidden_size   k results of a query
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import BM25, read_beir
+from revela import Retriever
+
+# ----------------------------------------------------------------------------------------------------------------------
+# measures
+
+
+def rank(run):
+    """{qid: document ids, best first}: by float32 score, ties by document id, both descending, as trec_eval does."""
+    return {qid: [docid for _, docid in sorted(((np.float32(s).item(), d) for d, s in docs.items()), reverse=True)]
+            for qid, docs in run.items()}  # fmt: skip
+
+
+def relevant(run, qrels):
+    """The queries of `run` that have a relevant document in `qrels`, each with its ranking and its positive grades."""
+    for qid, docids in rank(run).items():
+        grades = {docid: grade for docid, grade in qrels.get(qid, {}).items() if grade > 0}
+        if grades:
+            yield qid, docids, grades
+
+
+def ndcg(run, qrels, k=10):
+    """{qid: nDCG@k}: sum over ranks r = 1..k of grade / log2(r + 1), over the same sum for the best possible ranking."""
+    dcg = lambda grades: sum(grade / math.log2(r + 1) for r, grade in enumerate(grades[:k], 1))
+    return {
+        qid: dcg([grades.get(docid, 0) for docid in docids]) / dcg(sorted(grades.values(), reverse=True))
+        for qid, docids, grades in relevant(run, qrels)
+    }
+
+
+def mrr(run, qrels, k=10):
+    """{qid: 1 / rank of the first relevant document}, 0 if it is not among the first k."""
+    return {
+        qid: next((1 / r for r, docid in enumerate(docids[:k], 1) if docid in grades), 0.0)
+        for qid, docids, grades in relevant(run, qrels)
+    }
+
+
+def recall(run, qrels, k=100):
+    """{qid: share of the relevant documents that are among the first k}."""
+    return {
+        qid: sum(docid in grades for docid in docids[:k]) / len(grades) for qid, docids, grades in relevant(run, qrels)
+    }
+
+
+def measure(run, qrels):
+    """All three: the means over queries under "ndcg@10", "mrr@10" and "recall@100", each query's under "per_query"."""
+    values = {"ndcg@10": ndcg(run, qrels, 10), "mrr@10": mrr(run, qrels, 10), "recall@100": recall(run, qrels, 100)}
+    means = {name: sum(v.values()) / len(v) for name, v in values.items()}
+    return means | {"per_query": {qid: {name: v[qid] for name, v in values.items()} for qid in values["ndcg@10"]}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+def search(queries, passages, k, chunk=65536):
+    """The k largest inner products of each query, exactly: (scores [Q, k], indices [Q, k]), best first.
+
+    queries [Q, D], passages [P, D] float32. Passages are taken `chunk` at a time and merged into the best k so far, so
+    that Q * P scores never exist at once. With fewer than k passages, k is their number.
+    """
+    scores, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    for start in range(0, len(passages), chunk):
+        new = queries @ passages[start : start + chunk].T  # [Q, chunk]
+        scores = torch.cat([scores, new], 1)
+        indices = torch.cat([indices, torch.arange(start, start + new.shape[1]).expand(len(queries), -1)], 1)
+        scores, best = scores.topk(min(k, scores.shape[1]))
+        indices = indices.gather(1, best)
+    return scores, indices
+
+
+def dense_run(retriever, corpus, queries, k=1000, **encode):
+    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result."""
+    docids = list(corpus)
+    passages = retriever.encode(list(corpus.values()), "passage", **encode)  # [P, D]
+    vectors = retriever.encode(list(queries.values()), "query", **encode)  # [Q, D]
+    scores, indices = search(vectors, passages, k + 1)
+    run = {}
+    for qid, row, best in zip(queries, scores.tolist(), indices.tolist()):
+        results = [(docids[i], score) for i, score in zip(best, row) if docids[i] != qid]
+        run[qid] = dict(results[:k])
+    return run
+
+
+def bm25_run(corpus, queries, k=1000):
+    """The run of BM25. Documents that share no word with the query are not results, nor is one with the query's id."""
+    docids, index, run = list(corpus), BM25(corpus.values()), {}
+    for qid, text in queries.items():
+        scores = index.scores(text)
+        best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
+        run[qid] = dict([(docids[i], scores[i].item()) for i in best if scores[i] > 0 and docids[i] != qid][:k])
+    return run
+
+
+def fuse(*runs):
+    """The sum of runs, each query's scores first brought to [0, 1] (smallest to largest of its list; 0 if not in it)."""
+    fused = {}
+    for run in runs:
+        for qid, docs in run.items():
+            low, high = min(docs.values(), default=0), max(docs.values(), default=0)
+            total = fused.setdefault(qid, {})
+            for docid, score in docs.items():
+                total[docid] = total.get(docid, 0) + (score - low) / ((high - low) or 1)
+    return fused
+
+
+def show(run, collection, n=3, depth=3):
+    """Print the first `n` queries with their first `depth` results; a star marks the relevant ones."""
+    corpus, queries, qrels = collection
+    for qid, docids in list(rank(run).items())[:n]:
+        print(f"  query: {queries[qid]}")
+        for docid in docids[:depth]:
+            print(f"    {'*' if qrels[qid].get(docid, 0) > 0 else ' '} {run[qid][docid]:.3f}  {corpus[docid]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Evaluate a retriever, or BM25, on test collections.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="folders in BEIR layout")
+    add("--split", default="test", help="which qrels/SPLIT.tsv")
+    add("--model", help="base model: a folder in Hugging Face layout")
+    add("--adapter", help="LoRA adapter of the retriever: a PEFT folder")
+    add("--bm25", action="store_true", help="evaluate BM25; with --model too, the sum of both as well")
+    add("--out", help="JSON file to write; must not exist")
+    add("--max_len", type=int, default=512, help="tokens of a text that are read, EOS included")
+    add("--top_k", type=int, default=1000, help="documents retrieved for each query")
+    add("--batch_tokens", type=int, default=16384, help="tokens in a batch when encoding")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of weights and arithmetic")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
+    args = parser.parse_args(argv)
+    if not (args.model or args.bm25):
+        raise ValueError("nothing to evaluate: give --model, --bm25 or both")
+    if args.adapter and not args.model:
+        raise ValueError("--adapter needs the --model it belongs to")
+    if args.out and Path(args.out).exists():
+        raise ValueError(f"{args.out} exists already; remove it or choose another --out")
+
+    retriever = None
+    if args.model:
+        retriever = Retriever.from_pretrained(args.model, args.adapter, getattr(torch, args.dtype), args.device)
+    results = []
+    print(f"{'data':<16} {'system':<7} {'nDCG@10':>8} {'MRR@10':>8} {'R@100':>8} {'queries':>8} {'documents':>10} {'s':>6}")
+    for folder in args.data:
+        corpus, queries, qrels = read_beir(folder, args.split)
+        runs = {}
+        for system in ("dense", "bm25", "fused"):
+            began = time.time()
+            if system == "dense" and retriever:
+                options = {"max_len": args.max_len, "batch_tokens": args.batch_tokens, "progress": sys.stderr.isatty()}
+                runs[system] = dense_run(retriever, corpus, queries, args.top_k, **options)
+            elif system == "bm25" and args.bm25:
+                runs[system] = bm25_run(corpus, queries, args.top_k)
+            elif system == "fused" and len(runs) == 2:
+                runs[system] = fuse(runs["dense"], runs["bm25"])
+            else:
+                continue
+            result = {"data": Path(folder).resolve().name, "system": system} | measure(runs[system], qrels)
+            results.append(result)
+            numbers = " ".join(f"{result[name]:8.4f}" for name in ("ndcg@10", "mrr@10", "recall@100"))
+            print(f"{result['data']:<16} {system:<7} {numbers} {len(queries):8} {len(corpus):10} {time.time() - began:6.1f}")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"config": vars(args), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py: {error}")

@@ -1,0 +1,443 @@
+"""A Llama-family decoder with LoRA and in-batch attention, which reads and writes Hugging Face files.
+
+The decoder is the usual one: pre-norm blocks of causal attention with rotary positions and grouped key/value heads,
+and a SwiGLU MLP. Parameters carry Hugging Face's names, so that reading a checkpoint is a copy and not a translation.
+What is new is `in_batch_attention`, and `Llama.forward_in_batch`, which runs a batch of passages through the decoder
+twice at once: alone (the context stream) and looking at each other (the in-batch stream).
+
+    model = Llama.from_pretrained("path/to/SmolLM2-135M")
+    hidden = model(ids)                                  # [N, T, D]
+    logits = model.logits(hidden)                        # [N, T, V]
+
+Shapes, here and in the other files:
+    G groups   B passages of a group   N sequences (= G*B)   T tokens   V vocabulary
+    D hidden_size   H query heads   H_kv key/value heads   d head_dim   r LoRA rank
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration
+
+
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of Hugging Face's config.json that decide what the decoder computes."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or Llama 3's: {"rope_type": "llama3", "factor": ..., ...}
+    tie_word_embeddings: bool = False  # the output head is the embedding
+    model_type: str = "llama"  # "qwen2" is the same with a bias on q, k and v
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Read `path`/config.json. Raises ValueError that names the field if it asks for what is not implemented."""
+        file = Path(path) / "config.json"
+        raw = read_json(file)
+        for field, allowed in {
+            "model_type": ("llama", "qwen2"),
+            "hidden_act": (None, "silu"),
+            "attention_bias": (None, False),
+            "mlp_bias": (None, False),
+            "use_sliding_window": (None, False),
+            "quantization_config": (None,),
+        }.items():
+            if raw.get(field) not in allowed:
+                raise ValueError(f"{file}: {field} is {raw.get(field)!r}; supported: {', '.join(map(str, allowed))}")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers 5, 4
+        kind = rope.get("rope_type", rope.pop("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ValueError(f"{file}: RoPE type {kind!r} is not supported; supported: default, llama3")
+        values = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None}
+        values["rope_theta"] = float(rope.pop("rope_theta", values.get("rope_theta", 10000.0)))
+        values["rope_scaling"] = rope if kind == "llama3" else None
+        if kind == "llama3" and (absent := LLAMA3_ROPE - rope.keys()):
+            raise ValueError(f"{file}: RoPE of type llama3 lacks {', '.join(sorted(absent))}")
+        if isinstance(values.get("eos_token_id"), list):  # Llama-3 chat models list several; the first ends a text
+            values["eos_token_id"] = values["eos_token_id"][0]
+        try:
+            values.setdefault("num_key_value_heads", values["num_attention_heads"])
+            values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}: a field is missing or of the wrong type ({error})") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# in-batch attention
+
+
+def in_batch_attention(q, k, v, weights, mask, v_norm=True):
+    """What each passage of a group reads from the other passages: out_i = sum over j != i of w_ij C_ij.
+
+        C_ij[t] = sum_u a_u v_ju / (sum_u a_u |v_ju| + 1e-6),   a = softmax_u(q_it . k_ju / sqrt(d))
+
+    over all real tokens u of passage j, without a causal mask: D_j is context, not future. The division ("V-norm") is
+    ordinary attention in disguise. With n_u = |v_ju| + 1e-6 and because the a_u sum to one,
+
+        C_ij[t] = sum_u b_u (v_ju / n_u),   b = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
+
+    so it costs one bias per key, and padding is the same bias at minus infinity.
+
+    q        [B, H, T, d]      queries of the in-batch stream, after RoPE (a leading G is allowed everywhere)
+    k, v     [B, H_kv, T, d]   keys (after RoPE) and values of the context stream
+    weights  [B, B]            w_ij >= 0; its diagonal is ignored
+    mask     [B, T]            true at real tokens; every passage has at least one
+    v_norm   False leaves the division out: C_ij[t] = sum_u a_u v_ju
+    returns  [B, H, T, d]
+    """
+    if q.dim() == 4:
+        return in_batch_attention(q[None], k[None], v[None], weights[None], mask[None], v_norm)[0]
+    (G, B, H, T, d), H_kv = q.shape, k.shape[2]
+    wide = torch.promote_types(v.dtype, torch.float32)
+    bias = torch.zeros_like(mask, dtype=wide).masked_fill(~mask.bool(), -1e4)[:, :, None]  # [G, B, 1, T]
+    if v_norm:
+        n = torch.linalg.vector_norm(v.to(wide), dim=-1) + 1e-6  # [G, B, H_kv, T]
+        v, bias = v / n[..., None].to(v.dtype), bias + n.log()
+    # The bias rides along as one more coordinate (q's is 1), since SDPA's fast kernels take no bias with a gradient.
+    bias = (bias * math.sqrt(d)).to(k.dtype).expand(G, B, H_kv, T)
+    k, v, q = torch.cat([k, bias[..., None]], -1), F.pad(v, (0, 1)), F.pad(q, (0, 1), value=1.0)
+    # All queries of a group that share a key/value head form one long sequence, read against each passage j.
+    q = q.view(G, B, H_kv, H // H_kv, T, d + 1).transpose(1, 2).reshape(G, 1, H_kv, -1, d + 1).expand(-1, B, -1, -1, -1)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [G*B, H_kv, B*(H/H_kv)*T, d+1] and [G*B, H_kv, T, d+1]
+    c = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
+    c = c.view(G, B, H_kv, B, H // H_kv, T, d)  # second axis j, fourth axis i
+    weights = weights.masked_fill(torch.eye(B, dtype=torch.bool, device=weights.device), 0)
+    return torch.einsum("gij,gjkihtd->gikhtd", weights.to(c.dtype), c).reshape(G, B, H, T, d)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the decoder
+
+
+class Linear(nn.Linear):
+    """x W^T + bias; after `add_lora` also scale * B A dropout(x), with W frozen."""
+
+    def __init__(self, d_in, d_out, bias=False):
+        super().__init__(d_in, d_out, bias=bias)
+        self.lora_A = self.lora_B = self.dropout = None
+        self.scale = 1.0
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.lora_A is None:
+            return y
+        return y + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+
+
+def rope(config, T, device):
+    """cos and sin [T, d] (float32) of the rotary angles at positions 0..T-1, with Llama 3's rescaling if asked for."""
+    freq = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # [d/2]
+    if s := config.rope_scaling:  # long wavelengths are stretched by `factor`, short ones kept, between them a ramp
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / s["factor"])
+    angles = torch.arange(T, device=device).float()[:, None] * freq  # [T, d/2]
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn coordinates (i, i + d/2) of x [N, H, T, d] by the angles behind cos, sin [T, d]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        bias = c.model_type == "qwen2"
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x, cos, sin, mix=None, skip=0):
+        heads = lambda y: y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2)  # [N, T, H*d] -> [N, H, T, d]
+        q = rotate(heads(self.q_proj(x[skip:])), cos, sin)
+        k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))
+        out = F.scaled_dot_product_attention(q, k[skip:], v[skip:], is_causal=True, enable_gqa=True)
+        if mix is not None:  # x is the context stream, then the in-batch stream, N sequences each
+            N = len(x) // 2
+            out = torch.cat([out[:-N], out[-N:] + mix(q[-N:], k[:N], v[:N])])
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, mix=None, skip=0):
+        """x [N, T, D]; the first `skip` sequences leave their keys and values to `mix` and go no further."""
+        x = x[skip:] + self.self_attn(self.input_layernorm(x), cos, sin, mix, skip)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The decoder. `head=False` leaves the output head out, as a retriever does."""
+
+    def __init__(self, config, head=True):
+        super().__init__()
+        self.config, self.has_head = config, head
+        self.path = None  # where the weights came from
+        self.lora = None  # rank, alpha, dropout and targets once `add_lora` has been here
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = None
+        if head and not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def init_weights(self):
+        """Fresh random weights: normal with config.initializer_range, norms at one, biases at zero."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=self.config.initializer_range)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    def forward(self, ids, mask=None):
+        """ids [N, T] int64 -> hidden states [N, T, D] after the final norm.
+
+        mask [N, T], true at real tokens, is only checked: they must come first (right padding), and then causal
+        attention never shows them a padding token. What comes out at padding is of no use.
+        """
+        if mask is not None and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+            raise ValueError("mask has padding before a real token; pad on the right")
+        cos, sin = rope(self.config, ids.shape[1], ids.device)
+        x = self.embed_tokens(ids)  # [N, T, D]
+        for block in self.layers:
+            x = block(x, cos, sin)
+        return self.norm(x)
+
+    def forward_in_batch(self, ids, mask, weights, v_norm=True, scale=1.0, context=False):
+        """The two streams, through each block together: passages alone, and passages reading each other.
+
+        In every block the in-batch stream adds scale * in_batch_attention(its queries, the context stream's keys and
+        values) to its own causal attention. The context stream never reads another passage, so nothing of D_i comes
+        back to D_i; after its last keys and values it has no further use.
+
+        ids, mask [G, B, T]; weights [G, B, B]; returns the hidden states of the in-batch stream [G, B, T, D]
+        and, if `context` is asked for, those of the context stream (else None).
+        """
+        G, B, T = ids.shape
+
+        def mix(q, k, v):
+            q, k, v = (y.unflatten(0, (G, B)) for y in (q, k, v))  # [G*B, H, T, d] -> [G, B, H, T, d]
+            return scale * in_batch_attention(q, k, v, weights, mask, v_norm).flatten(0, 1)
+
+        cos, sin = rope(self.config, T, ids.device)
+        x = self.embed_tokens(ids.flatten(0, 1))  # [G*B, T, D]
+        x = torch.cat([x, x])  # [2*G*B, T, D]: context stream, in-batch stream
+        for block in self.layers[:-1]:
+            x = block(x, cos, sin, mix)
+        x = self.norm(self.layers[-1](x, cos, sin, mix, skip=0 if context else G * B))
+        streams = x.view(-1, G, B, T, x.shape[-1])  # [2 or 1, G, B, T, D]
+        return streams[-1], streams[0] if context else None
+
+    def logits(self, hidden):
+        """hidden [..., D] -> next-token logits [..., V]."""
+        if not self.has_head:
+            raise ValueError("this Llama was built without an output head (head=False)")
+        return F.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", head=True):
+        """Read a Hugging Face checkpoint folder (config.json, and safetensors in one file or sharded with an index).
+
+        Every tensor of the model must be there in its shape, and every tensor there must belong to the model; else
+        ValueError names it. `dtype` is what the weights are kept in, whatever the file has.
+        """
+        with torch.device("meta"):
+            model = cls(LlamaConfig.from_pretrained(path), head)
+        tensors = {name.removeprefix("model."): t.to(device, dtype) for name, t in read_tensors(path).items()}
+        for name in list(tensors):  # old files store RoPE's frequencies; a tied head may be stored a second time
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
+                del tensors[name]
+        load_strictly(model, tensors, path)
+        model.path = str(path)
+        return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS):
+    """Freeze `llama` and give every projection named in `targets` trainable A [r, in], B [out, r] (float32): a
+    correction alpha/r * B A that starts at zero. Raises ValueError for a target that no layer has."""
+    if unknown := set(targets) - set(LORA_TARGETS):
+        raise ValueError(f"LoRA target {', '.join(sorted(unknown))} is unknown; the layers are {', '.join(LORA_TARGETS)}")
+    llama.requires_grad_(False)
+    llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(targets)}
+    for name, layer in llama.named_modules():
+        if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
+            layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=layer.weight.device)
+            layer.lora_B = nn.Linear(r, layer.out_features, bias=False, device=layer.weight.device)
+            nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))  # as peft does
+            nn.init.zeros_(layer.lora_B.weight)
+            layer.dropout, layer.scale = nn.Dropout(dropout), alpha / r
+
+
+def save_adapter(llama, folder):
+    """Write the LoRA matrices as a folder that `peft` loads, for the base model or, with a head, for the causal LM."""
+    prefix = "base_model.model.model." if llama.has_head else "base_model.model."
+    task = "CAUSAL_LM" if llama.has_head else "FEATURE_EXTRACTION"
+    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path, "bias": "none", **llama.lora}
+    tensors = {prefix + name: p.detach() for name, p in llama.named_parameters() if ".lora_" in name}
+    write_folder(folder, "adapter_config.json", config, "adapter_model.safetensors", tensors)
+
+
+def load_adapter(llama, folder):
+    """Add the LoRA matrices of a `peft` folder to `llama`. Keys may carry the extra level of a model with a head, and
+    an adapter name (".default"). Raises ValueError for what a plain LoRA does not have."""
+    file = Path(folder) / "adapter_config.json"
+    config = read_json(file)
+    plain = {
+        "peft_type": ("LORA",),
+        "bias": ("none", None),
+        "use_dora": (False, None),
+        "fan_in_fan_out": (False, None),
+        "modules_to_save": (None, []),
+        "rank_pattern": (None, {}),
+        "alpha_pattern": (None, {}),
+        "layers_to_transform": (None, []),
+        "layer_replication": (None,),
+    }
+    for field, allowed in plain.items():
+        if config.get(field) not in allowed:
+            raise ValueError(f"{file}: {field} is {config.get(field)!r}, which is not supported; need {allowed[0]!r}")
+    try:
+        r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+    except KeyError as error:
+        raise ValueError(f"{file}: field {error} is missing") from None
+    if not isinstance(targets, list):
+        raise ValueError(f"{file}: target_modules is {targets!r}; need a list of layer names")
+    if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
+        alpha = alpha * math.sqrt(r)
+    tensors = {}
+    for name, tensor in read_safetensors(Path(folder) / "adapter_model.safetensors").items():
+        name = name.removeprefix("base_model.model.").removeprefix("model.").replace(".default.", ".")
+        tensors[name] = tensor.to(llama.embed_tokens.weight.device, torch.float32)
+    add_lora(llama, r, alpha, config.get("lora_dropout", 0.0), targets)
+    load_strictly(llama, tensors, folder, only=".lora_")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def read_json(file):
+    """The JSON object in `file`. Raises FileNotFoundError or ValueError that name it."""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: need a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_safetensors(file):
+    """{name: tensor} of one safetensors file. Raises FileNotFoundError or ValueError that name it."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or incomplete: {error}") from None
+
+
+def read_tensors(folder):
+    """{name: tensor} of a checkpoint: model.safetensors, or the shards that model.safetensors.index.json lists."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return read_safetensors(folder / "model.safetensors")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+        raise ValueError(f"{index}: weight_map must name files of this folder")
+    tensors = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= read_safetensors(folder / shard)
+    return tensors
+
+
+def load_strictly(model, tensors, source, only=""):
+    """Make `tensors` the parameters of `model` whose names contain `only`; ValueError names what does not match."""
+    expected = {name: p for name, p in model.state_dict().items() if only in name}
+    lacking, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    for what, names in {"lacks": lacking, "has, beside what the model needs,": unknown}.items():
+        if names:
+            raise ValueError(f"{source} {what} {len(names)} tensors: {', '.join(sorted(names)[:3])}")
+    for name, p in expected.items():
+        if p.shape != tensors[name].shape:
+            raise ValueError(f"{source}: tensor {name} has shape {list(tensors[name].shape)}, need {list(p.shape)}")
+    model.load_state_dict(tensors, strict=False, assign=not only)
+
+
+def save_model(llama, folder):
+    """Write all weights as a Hugging Face checkpoint: a causal LM, or without a head the bare decoder."""
+    c = llama.config
+    architecture = {"llama": "Llama", "qwen2": "Qwen2"}[c.model_type] + ("ForCausalLM" if llama.has_head else "Model")
+    dtype = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
+    config = {"architectures": [architecture], "torch_dtype": dtype, "hidden_act": "silu", **vars(c)}
+    tensors = {name: p.detach() for name, p in llama.named_parameters()}
+    if llama.has_head:
+        tensors = {name if name == "lm_head.weight" else "model." + name: p for name, p in tensors.items()}
+    write_folder(folder, "config.json", config, "model.safetensors", tensors)
+
+
+def write_folder(folder, config_name, config, tensors_name, tensors):
+    """Write {folder}/{config_name} and {folder}/{tensors_name}."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, Path(folder) / tensors_name, {"format": "pt"})

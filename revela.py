@@ -1,0 +1,144 @@
+"""Revela: a retriever that is trained by nothing but language modelling.
+
+A retriever embeds the B passages of a group; a language model predicts the tokens of each passage while it reads, in
+every block, the other passages, and how much it sees of each is decided by the retriever. To predict well, the
+language model needs the right passages in view; the next-token loss therefore teaches the retriever what is relevant.
+
+    1. embed        p_i = unit(retriever("passage: " D_i EOS)),   q_i = unit(retriever("query: " D_i or half of it EOS))
+    2. similarity   s_ij = q_i . p_j,    w_i = softmax over j != i of s_ij / tau
+    3. two streams  context stream:   the plain causal pass, which leaves keys and values K_j, V_j in every block
+                    in-batch stream:  out_i = causal_attention_i + scale * sum over j != i of w_ij C_ij
+                    (C_ij: what the tokens of D_i read from K_j, V_j; see `model.in_batch_attention`)
+    4. loss         next-token cross-entropy of the in-batch stream; the retriever learns through w alone
+
+    retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
+    vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
+
+Shapes:   G groups   B passages of a group   N = G*B   T tokens   D hidden_size   V vocabulary
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data import Tokenizer, pad
+from model import Llama, load_adapter
+
+
+class Retriever(nn.Module):
+    """A decoder whose hidden state at the last token, scaled to length one, is the embedding of a text."""
+
+    def __init__(self, llama, tokenizer=None):
+        super().__init__()
+        self.llama, self.tokenizer = llama, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
+        """A Hugging Face checkpoint folder, and optionally a PEFT adapter folder on top of it. The tokenizer is read
+        where there is one; only `encode` needs it."""
+        llama = Llama.from_pretrained(base, dtype, device, head=False)
+        if adapter:
+            load_adapter(llama, adapter)
+        return cls(llama, Tokenizer(base) if (Path(base) / "tokenizer.json").exists() else None)
+
+    def forward(self, ids, mask):
+        """ids, mask [..., T] (right padded) -> unit vectors [..., D] float32: the hidden state at the last real token."""
+        hidden = self.llama(ids.flatten(0, -2))  # [N, T, D]
+        last = mask.flatten(0, -2).sum(-1) - 1  # [N]
+        hidden = hidden[torch.arange(len(last), device=last.device), last]  # [N, D]
+        return F.normalize(hidden.float(), dim=-1).view(*ids.shape[:-1], -1)
+
+    @torch.no_grad()
+    def encode(self, texts, kind="passage", max_len=512, batch_tokens=16384, progress=False):
+        """Texts -> unit vectors, float32 [N, D] on the CPU, in the order of `texts`.
+
+        kind: "query" or "passage" (they have different prefixes). Texts are read up to `max_len` tokens, EOS included;
+        they run sorted by length, in batches of at most `batch_tokens` tokens (at least one text). Dropout is off.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.llama.path} has no tokenizer.json, which encode needs")
+        weight, was_training = self.llama.embed_tokens.weight, self.training
+        rows = self.tokenizer.retriever_ids(texts, kind, max_len)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first: memory is claimed at once
+        vectors, start = torch.empty(len(rows), self.llama.config.hidden_size), 0
+        bar = tqdm(total=sum(map(len, rows)), desc=f"{len(rows):,} {kind} texts", unit=" tokens", disable=not progress)
+        precision = torch.autocast(weight.device.type, weight.dtype) if weight.dtype.itemsize < 4 else nullcontext()
+        self.eval()
+        with bar, precision:
+            while start < len(rows):
+                batch = order[start : start + max(1, batch_tokens // len(rows[order[start]]))]
+                ids, mask = pad([rows[i] for i in batch], self.tokenizer.eos_id)
+                vectors[batch] = self(ids.to(weight.device), mask.to(weight.device)).cpu()
+                start += len(batch)
+                bar.update(sum(len(rows[i]) for i in batch))
+        self.train(was_training)
+        return vectors
+
+
+class Revela(nn.Module):
+    """The objective: the language model's loss on a batch of groups, through which both models learn.
+
+    attn_temperature   tau; 1e-4 in the published recipe
+    v_norm             see `model.in_batch_attention`
+    inbatch_scale      factor on what passages read from each other (1: published; 0: the control, no in-batch attention)
+    dual_loss          add the context stream's own next-token loss
+    """
+
+    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, inbatch_scale=1.0, dual_loss=False):
+        super().__init__()
+        self.retriever, self.lm = retriever, lm
+        self.attn_temperature, self.v_norm = attn_temperature, v_norm
+        self.inbatch_scale, self.dual_loss = inbatch_scale, dual_loss
+        self.stats = {}  # of the last forward; tensors without gradient
+
+    def weights(self, batch):
+        """w [G, B, B] float32: how much passage i sees of passage j. Rows sum to one, the diagonal is zero."""
+        p = self.retriever(batch["passage_ids"], batch["passage_mask"])  # [G, B, D]
+        q = self.retriever(batch["query_ids"], batch["query_mask"])  # [G, B, D]
+        with torch.autocast(p.device.type, enabled=False):  # similarities in float32: tau may be 1e-4
+            s = q @ p.transpose(1, 2)  # [G, B, B]
+        itself = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
+        w = (s / self.attn_temperature).masked_fill(itself, -torch.inf).softmax(-1)
+        with torch.no_grad():
+            self.stats["max_weight"] = w.amax(-1).mean()
+            self.stats["weight_entropy"] = torch.special.entr(w).sum(-1).mean()
+            self.stats["spread"] = (1 - p.flatten(0, 1).mean(0).square().sum()).sqrt()
+        return w
+
+    def targets(self, batch):
+        """[G, B, T-1] bool: the tokens, from the second on, that are predicted. Padding is not, nor is a token equal to
+        the pad token inside a text (as published)."""
+        ids = batch["lm_ids"][..., 1:]
+        pad_id = self.lm.config.pad_token_id if self.lm.config.pad_token_id is not None else self.lm.config.eos_token_id
+        return batch["lm_mask"][..., 1:].bool() & (ids != (-1 if pad_id is None else pad_id))
+
+    def forward(self, batch):
+        """batch {query,passage,lm}_{ids,mask}, each [G, B, T] -> the mean loss over the batch's targets (scalar)."""
+        ids, mask = batch["lm_ids"], batch["lm_mask"]
+        if self.inbatch_scale == 0:
+            hidden, context = self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]), None  # [G, B, T, D]
+        else:
+            weights = self.weights(batch)
+            hidden, context = self.lm.forward_in_batch(ids, mask, weights, self.v_norm, self.inbatch_scale, self.dual_loss)
+        loss = self.cross_entropy(hidden, batch)
+        self.stats["loss"] = loss.detach()
+        if context is not None:
+            context_loss = self.cross_entropy(context, batch)
+            self.stats["context_loss"] = context_loss.detach()
+            loss = loss + context_loss
+        return loss
+
+    def cross_entropy(self, hidden, batch, chunk=2**26):
+        """Mean next-token loss of hidden [G, B, T, D]. Logits exist only at targets, and for at most `chunk` numbers at a
+        time: they are computed again in the backward pass, since V is large (16 x 157 x 128k floats are 1.3 GB)."""
+        targets = self.targets(batch)
+        hidden, ids = hidden[..., :-1, :][targets], batch["lm_ids"][..., 1:][targets]  # [M, D] and [M]
+        size = max(1, chunk // self.lm.config.vocab_size)
+        part = lambda h, t: F.cross_entropy(self.lm.logits(h).float(), t, reduction="sum")
+        losses = [checkpoint(part, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), ids.split(size))]
+        return sum(losses) / max(len(ids), 1)

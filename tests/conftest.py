@@ -1,0 +1,61 @@
+"""What the tests share: tiny models with random weights, a way to run our commands, and warnings turned into errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import Llama, LlamaConfig, save_model  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+
+
+TEXTS = [f"{a} {b} {c}." for a in ("the cat", "a dog", "my bird") for b in ("sees", "likes") for c in ("milk", "the sun", "me")]
+
+
+def make_model(folder, seed=0, **changes):
+    """Write a tiny Llama (GQA, tied head unless changed) with a byte-level tokenizer; returns the folder."""
+    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, eos_token_id=0, initializer_range=0.3)  # fmt: skip
+    torch.manual_seed(seed)
+    llama = Llama(LlamaConfig(**config | changes)).init_weights()
+    for p in llama.parameters():
+        if p.dim() == 1:  # norms and biases: not the ones and zeros they start as
+            torch.nn.init.normal_(p, mean=p.mean().item(), std=0.2)
+    save_model(llama, folder)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}}')
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return make_model(tmp_path / "tiny")
+
+
+def command(*args, processes=0, code=0, cwd=None):
+    """Run `python args...`, or torchrun with that many processes; check the exit code, return stdout and stderr."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    args = [str(ROOT / args[0]), *map(str, args[1:])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    done = subprocess.run([*start, *args], capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+    assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
+    return done.stdout, done.stderr

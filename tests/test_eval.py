@@ -1,0 +1,106 @@
+"""eval.py: measures against trec_eval's own values, exact search, runs, and the command."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, make_model
+from test_data import write_beir
+
+from eval import bm25_run, dense_run, fuse, measure, mrr, ndcg, recall, search
+from revela import Retriever
+
+STORED = json.loads((Path(__file__).parent / "trec_eval.json").read_text())  # made with pytrec_eval 0.5.11
+
+
+@pytest.mark.parametrize("k", [5, 10, 100])
+def test_ndcg_is_trec_evals(k):
+    ours = ndcg(STORED["run"], STORED["qrels"], k)
+    for qid, value in STORED["truth"].items():
+        if max(STORED["qrels"][qid].values()) > 0:
+            assert ours.pop(qid) == pytest.approx(value[f"ndcg_cut_{k}"], abs=1e-12)
+    assert not ours
+
+
+def test_recall_and_reciprocal_rank_are_trec_evals():
+    r, m = recall(STORED["run"], STORED["qrels"], 100), mrr(STORED["run"], STORED["qrels"], 10**9)
+    for qid in r:
+        assert r[qid] == pytest.approx(STORED["truth"][qid]["recall_100"], abs=1e-12)
+        assert m[qid] == pytest.approx(STORED["truth"][qid]["recip_rank"], abs=1e-12)
+
+
+def test_measures_by_hand():
+    qrels = {"q": {"a": 2, "b": 1, "x": 0, "n": -1}, "none": {"a": 0}, "missing": {"a": 1}}
+    run = {"q": {"x": 4.0, "b": 3.0, "n": 2.5, "a": 1.0}, "none": {"a": 1.0}, "unjudged": {"a": 1.0}}
+    ideal = 2 + 1 / math.log2(3)
+    assert ndcg(run, qrels) == {"q": pytest.approx((1 / math.log2(3) + 2 / math.log2(5)) / ideal, abs=1e-15)}
+    assert ndcg(run, qrels, 1) == {"q": 0} and mrr(run, qrels) == {"q": 1 / 2} and mrr(run, qrels, 1) == {"q": 0}
+    assert recall(run, qrels, 3) == {"q": 1 / 2}
+    # scores equal in float32 are ties: the larger id first, by bytes
+    assert mrr({"q": {"a": 1.0, "é": 1.0 + 1e-9, "b": 1.0}}, {"q": {"b": 1}}) == {"q": 1 / 2}
+    assert measure({"q": {}}, qrels)["ndcg@10"] == 0  # nothing found is zero, not left out
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 1000])
+def test_search_is_exact(chunk):
+    torch.manual_seed(0)
+    q, p = torch.randn(5, 8), torch.randn(50, 8)
+    scores, indices = search(q, p, 10, chunk)
+    truth = (q @ p.T).sort(descending=True)
+    torch.testing.assert_close(scores, truth.values[:, :10])
+    assert torch.equal(indices, truth.indices[:, :10])
+    assert search(q, p, 99, chunk)[1].shape == (5, 50)
+
+
+def test_a_document_with_the_querys_own_id_is_not_a_result(tiny):
+    corpus, queries = {"1": "the cat", "2": "a dog", "3": "my cat"}, {"1": "cat", "9": "zebra"}
+    run = dense_run(Retriever.from_pretrained(tiny), corpus, queries, k=2)
+    assert set(run["1"]) == {"2", "3"} and len(run["9"]) == 2
+    assert bm25_run(corpus, queries) == {"1": {"3": pytest.approx(math.log(1 + 1.5 / 2.5) / 1.9, rel=1e-6)}, "9": {}}
+
+
+def test_fused_scores_are_sums_of_scaled_ones():
+    a, b = {"q": {"x": 3.0, "y": 2.0, "z": 1.0}, "r": {}}, {"q": {"y": 10.0, "w": 0.0}, "r": {"x": 5.0}}
+    assert fuse(a, b) == {"q": {"x": 1.0, "y": 1.5, "z": 0.0, "w": 0.0}, "r": {"x": 0.0}}
+
+
+def collection(folder):
+    rng = random.Random(0)
+    words = "the cat sees milk a dog likes sun my bird".split()
+    rows = [{"_id": f"d{i}", "title": "", "text": " ".join(rng.choices(words, k=6))} for i in range(12)]
+    write_beir(folder, corpus="".join(json.dumps(row) + "\n" for row in rows), qrels="q\td3\t1\nq\td5\t2\nr\td1\t1\n")
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "cat milk"}\n{"_id": "r", "text": "bird"}\n')
+    return folder
+
+
+def test_the_command_prints_a_table_and_writes_results(tmp_path):
+    base, data, out = make_model(tmp_path / "base"), collection(tmp_path / "birds"), tmp_path / "results.json"
+    args = ["eval.py", "--model", base, "--bm25", "--data", data, "--device", "cpu", "--out", out]
+    stdout, _ = command(*args)
+    written = json.loads(out.read_text())
+    assert [(r["data"], r["system"]) for r in written["results"]] == [("birds", s) for s in ("dense", "bm25", "fused")]
+    assert written["config"]["model"] == str(base)
+    for result, line in zip(written["results"], stdout.splitlines()[1:]):
+        assert line.split()[:2] == ["birds", result["system"]] and float(line.split()[2]) == round(result["ndcg@10"], 4)
+        assert result["ndcg@10"] == sum(v["ndcg@10"] for v in result["per_query"].values()) / 2
+    assert len({len(line) for line in stdout.splitlines()}) == 1, "aligned"
+    before = out.read_bytes()
+    assert "exists already" in command(*args, code=1)[1] and out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--data", "x"], "nothing to evaluate"),
+        (["--data", "x", "--bm25", "--adapter", "y"], "--adapter needs the --model"),
+        (["--data", "nowhere", "--bm25"], "nowhere/corpus.jsonl"),
+        (["--data", "x", "--bm"], "unrecognized arguments: --bm"),
+        (["--data", "x", "--model", "nowhere"], "nowhere/config.json does not exist"),
+    ],
+)
+def test_a_wrong_command_is_one_clear_sentence(args, message):
+    _, stderr = command("eval.py", *args, code=1)
+    assert message in stderr and "Traceback" not in stderr

@@ -1,0 +1,149 @@
+"""The objective against the naive loops of naive.py: weights, losses, and the gradient of every LoRA matrix."""
+
+import naive
+import pytest
+import torch
+from conftest import TEXTS, make_model
+
+from data import Tokenizer, collate
+from model import Llama, add_lora
+from revela import Retriever, Revela
+
+
+def with_lora(llama, r=3):
+    add_lora(llama, r=r, alpha=6, dropout=0.0)
+    for name, p in llama.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return llama
+
+
+def merged(llama):
+    """float64 leaf copies of the LoRA matrices, and the dictionary of merged weights that depends on them."""
+    lora = {n: p.detach().double().requires_grad_() for n, p in llama.named_parameters() if ".lora_" in n}
+    w = {}
+    for name, p in llama.named_parameters():
+        if ".lora_" in name:
+            continue
+        w[name] = p.detach().double()
+        at = name.removesuffix("weight")
+        if at + "lora_A.weight" in lora and name.endswith(".weight"):
+            w[name] = w[name] + llama.lora["lora_alpha"] / llama.lora["r"] * lora[at + "lora_B.weight"] @ lora[at + "lora_A.weight"]
+    return lora, w
+
+
+def rows(batch, name, g):
+    return [ids[mask].tolist() for ids, mask in zip(batch[name + "_ids"][g], batch[name + "_mask"][g])]
+
+
+def make(tmp_path, **changes):
+    torch.manual_seed(1)
+    base = make_model(tmp_path / "base", **changes)
+    retriever = Retriever(with_lora(Llama.from_pretrained(base, head=False)), Tokenizer(base))
+    lm = with_lora(Llama.from_pretrained(base))
+    groups = [([TEXTS[0], TEXTS[7] + " so.", "ok"], None), ([TEXTS[3], "a<eos> b", TEXTS[12]], "stackoverflow")]
+    return retriever, lm, collate(groups, retriever.tokenizer, retriever.tokenizer, 40, first_half=True)
+
+
+CASES = {
+    "llama": (dict(v_norm=True, tau=0.05, scale=1.0, dual=False), {}),
+    "no_v_norm": (dict(v_norm=False, tau=0.2, scale=0.3, dual=True), {}),
+    "qwen2": (dict(v_norm=True, tau=0.1, scale=1.0, dual=True), dict(model_type="qwen2", tie_word_embeddings=False)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_naive_loops(case, tmp_path):
+    (o, changes) = CASES[case]
+    retriever, lm, batch = make(tmp_path, **changes)
+    revela = Revela(retriever, lm, o["tau"], o["v_norm"], o["scale"], o["dual"])
+    loss = revela(batch)
+    loss.backward()
+
+    c = lm.config
+    lora_r, w_r = merged(retriever.llama)
+    lora_l, w_l = merged(lm)
+    total, context, n = 0, 0, 0
+    for g in range(2):
+        wij = naive.weights(w_r, c, rows(batch, "query", g), rows(batch, "passage", g), o["tau"])
+        torch.testing.assert_close(revela.weights(batch)[g].double(), wij, rtol=1e-4, atol=1e-6)
+        parts = naive.losses(w_l, c, rows(batch, "lm", g), wij, o["v_norm"], o["scale"], pad=c.eos_token_id)
+        total, context, n = total + parts[0], context + parts[1], n + parts[2]
+    truth = (total + context) / n if o["dual"] else total / n
+    truth.backward()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    assert int(revela.targets(batch).sum()) == n
+    for module, lora in ((retriever.llama, lora_r), (lm, lora_l)):
+        for name, p in module.named_parameters():
+            if name in lora:
+                error = (p.grad.double() - lora[name].grad).abs().max() / lora[name].grad.abs().max()
+                assert error < 1e-4, (name, error)
+            else:
+                assert p.grad is None, name
+
+
+def test_the_eos_inside_a_text_is_seen_but_not_predicted(tmp_path):
+    retriever, lm, batch = make(tmp_path)
+    inside = (batch["lm_ids"] == lm.config.eos_token_id) & batch["lm_mask"]
+    assert inside.sum() == 1  # the group above has one
+    assert not Revela(retriever, lm).targets(batch)[inside[..., 1:]].any()
+    lm.config.pad_token_id = 299  # a model with a pad token of its own predicts the EOS
+    assert Revela(retriever, lm).targets(batch)[inside[..., 1:]].all()
+
+
+def test_no_inbatch_is_the_plain_language_model(tmp_path):
+    retriever, lm, batch = make(tmp_path)
+    loss = Revela(retriever, lm, inbatch_scale=0)(batch)
+    logits = lm.logits(lm(batch["lm_ids"].flatten(0, 1)))[:, :-1]
+    targets = batch["lm_ids"].flatten(0, 1)[:, 1:].masked_fill(~Revela(retriever, lm).targets(batch).flatten(0, 1), -100)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets))
+
+
+def test_nothing_of_a_passage_comes_back_to_it(tmp_path):
+    """Changing the last token of a passage changes no prediction of that passage before it, and changes the others."""
+    retriever, lm, batch = make(tmp_path)
+    w = torch.rand(2, 3, 3)
+    before, _ = lm.forward_in_batch(batch["lm_ids"], batch["lm_mask"], w)
+    last = int(batch["lm_mask"][0, 1].sum()) - 1
+    batch["lm_ids"][0, 1, last] += 1
+    after, _ = lm.forward_in_batch(batch["lm_ids"], batch["lm_mask"], w)
+    torch.testing.assert_close(before[0, 1, :last], after[0, 1, :last])
+    assert (before[0, 0] - after[0, 0]).abs().max() > 1e-4
+    torch.testing.assert_close(before[1], after[1])  # the other group
+
+
+def test_the_chunks_of_the_cross_entropy_change_nothing(tmp_path):
+    retriever, lm, batch = make(tmp_path)
+    revela = Revela(retriever, lm)
+    hidden = torch.randn(*batch["lm_ids"].shape, 32, requires_grad=True)
+    whole, pieces = revela.cross_entropy(hidden, batch), revela.cross_entropy(hidden, batch, chunk=900)
+    torch.testing.assert_close(whole, pieces)
+    torch.testing.assert_close(torch.autograd.grad(whole, hidden), torch.autograd.grad(pieces, hidden))
+
+
+def test_encode_is_the_same_alone_and_in_any_batch(tmp_path):
+    retriever, _, _ = make(tmp_path)
+    texts = TEXTS + ["", "x" * 300]
+    together = retriever.encode(texts, "passage", max_len=64, batch_tokens=200)
+    assert together.dtype == torch.float32 and together.shape == (len(texts), 32)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)))
+    for i in (0, 5, len(texts) - 2, len(texts) - 1):
+        torch.testing.assert_close(retriever.encode([texts[i]], "passage", max_len=64)[0], together[i], atol=1e-6, rtol=1e-5)
+    assert (together - retriever.encode(texts, "query", max_len=64)).abs().max() > 0.01  # the prefix counts
+
+
+def test_encode_in_training_mode_has_no_dropout_and_keeps_the_mode(tmp_path):
+    base = make_model(tmp_path / "base")
+    llama = Llama.from_pretrained(base, head=False)
+    add_lora(llama, 3, 6, dropout=0.5)
+    for name, p in llama.named_parameters():
+        torch.nn.init.normal_(p) if "lora_B" in name else None
+    retriever = Retriever(llama, Tokenizer(base)).train()
+    assert torch.equal(retriever.encode(TEXTS), retriever.encode(TEXTS)) and retriever.training
+
+
+def test_encode_without_a_tokenizer_says_so(tmp_path):
+    base = make_model(tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="base has no tokenizer.json"):
+        Retriever.from_pretrained(base).encode(["a"])

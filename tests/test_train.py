@@ -1,0 +1,195 @@
+"""train.py: the schedule, accumulation and processes, resuming, the files of a run, the toy world, and bad commands."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS, command, make_model
+from safetensors.torch import load_file
+
+import eval
+import train
+from model import Llama
+from revela import Retriever
+
+
+def write_groups(file, n=12, size=4):
+    rows = [[f"{TEXTS[(i + j) % 18]} {'so ' * (3 * i % 7)}{i}" for j in range(size)] for i in range(n)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def arguments(tmp_path, out, *more):
+    """A small real run: 5 updates of 4 groups of 3 passages, the last of them in a second epoch."""
+    if not (tmp_path / "base").exists():
+        make_model(tmp_path / "base", initializer_range=0.1)
+        write_groups(tmp_path / "groups.jsonl")
+    args = ["--model", tmp_path / "base", "--data", tmp_path / "groups.jsonl", "--out", tmp_path / out, "--train_group_size", 3,
+            "--gradient_accumulation_steps", 4, "--max_steps", 5, "--warmup_steps", 2, "--learning_rate", 1e-2,
+            "--attn_temperature", 0.05, "--logging_steps", 1, "--save_steps", 2, "--device", "cpu",
+            "--lora_r", 4, "--lora_alpha", 8, "--lora_dropout", 0.0, *more]  # fmt: skip
+    return [str(a) for a in args]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder, lora=True):
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    return {f"{name} {k}": t for name in ("retriever", "lm") for k, t in load_file(folder / name / file).items()}
+
+
+TIMING = {"tokens_per_s", "memory_gb", "eta_s"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_is_its_closed_form():
+    args = train.parse_args(["--model", "m", "--data", "d", "--learning_rate", "8", "--warmup_steps", "4"])
+    rates = [train.learning_rate(step, args, 12) for step in range(12)]
+    assert rates == [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 1]
+    args.warmup_steps = 0
+    assert [train.learning_rate(step, args, 2) for step in range(2)] == [8, 4]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_accumulation_and_processes_do_not_change_the_update(tmp_path, lora):
+    more = ("--learning_rate", 1e-3) if lora else ("--learning_rate", 2e-4, "--lora_r", 0, "--dual_loss")
+    for name, processes, accumulation, groups in (("1x4", 0, 4, 1), ("1x2x2", 0, 2, 2), ("2x2", 2, 2, 1), ("4x1", 4, 1, 1)):
+        args = arguments(tmp_path, name, *more, "--gradient_accumulation_steps", accumulation, "--groups_per_device", groups)
+        command("train.py", *args, processes=processes)
+        for one, other in zip(metrics(tmp_path / "1x4"), metrics(tmp_path / name), strict=True):
+            for key in [key for key in one if "loss" in key or "norm" in key]:
+                assert one[key] == pytest.approx(other[key], rel=1e-5), (name, key)
+        for key, w in weights(tmp_path / "1x4", lora).items():
+            torch.testing.assert_close(w, weights(tmp_path / name, lora)[key], rtol=1e-6, atol=1e-6)
+    if not lora:
+        start = load_file(tmp_path / "base/model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+        moved = weights(tmp_path / "1x4", lora)["lm model.layers.1.mlp.up_proj.weight"] - start
+        assert moved.abs().median() > 1e-4  # a hundred times what may differ
+
+
+def interrupted(folder, step):
+    """Make the run in `folder` look as if it had been killed after checkpoint `step`."""
+    for name in ("retriever", "lm"):
+        shutil.rmtree(folder / name)
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.split("_")[1]) > step:
+            shutil.rmtree(checkpoint)
+    (folder / "checkpoints/latest").write_text(f"step_{step:06d}\n")
+
+
+@pytest.mark.parametrize("more", [["--lora_dropout", 0.3], ["--lora_r", 0]], ids=["lora with dropout", "full"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, more):
+    lora = "--lora_r" not in more
+    train.main(arguments(tmp_path, "a", *more))
+    truth, lines = weights(tmp_path / "a", lora), metrics(tmp_path / "a")
+    interrupted(tmp_path / "a", 2)
+    train.main(arguments(tmp_path, "a", *more, "--resume", "latest"))
+    again = weights(tmp_path / "a", lora)
+    assert all(torch.equal(truth[key], again[key]) for key in truth.keys() | again.keys())
+    strip = lambda rows: [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    assert strip(lines) == strip(metrics(tmp_path / "a"))
+    train.main(arguments(tmp_path, "a", *more, "--resume", "latest"))  # finished: nothing left to do, nothing lost
+    assert strip(lines) == strip(metrics(tmp_path / "a"))
+
+
+def test_evaluation_does_not_change_training(tmp_path):
+    train.write_toy_world(tmp_path / "world", 0, n_groups=1)
+    train.main(arguments(tmp_path, "without", "--lora_dropout", 0.3))
+    train.main(arguments(tmp_path, "with", "--lora_dropout", 0.3, "--eval_data", tmp_path / "world", "--eval_every", 2))
+    for key, w in weights(tmp_path / "without").items():
+        assert torch.equal(w, weights(tmp_path / "with")[key])
+    evaluations = [m for m in metrics(tmp_path / "with") if "ndcg@10" in m]
+    assert [m["step"] for m in evaluations] == [0, 2, 4, 5]
+    again = Retriever.from_pretrained(tmp_path / "base", tmp_path / "with/retriever")
+    run = eval.dense_run(again, *eval.read_beir(tmp_path / "world")[:2])
+    assert eval.measure(run, eval.read_beir(tmp_path / "world")[2])["ndcg@10"] == evaluations[-1]["ndcg@10"]
+
+
+def test_two_models_with_two_tokenizers(tmp_path):
+    other = make_model(tmp_path / "other", seed=5, hidden_size=16, head_dim=4, num_key_value_heads=4, tie_word_embeddings=False)
+    args = arguments(tmp_path, "run", "--lm", other)
+    train.main(args)
+    assert {t.shape[1] for k, t in weights(tmp_path / "run").items() if "q_proj.lora_A" in k} == {32, 16}
+
+
+def test_bfloat16_keeps_trained_weights_in_float32_and_stays_near(tmp_path):
+    train.main(arguments(tmp_path, "wide"))
+    train.main(arguments(tmp_path, "narrow", "--dtype", "bfloat16"))
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "narrow").values())
+    assert metrics(tmp_path / "narrow")[-1]["loss"] == pytest.approx(metrics(tmp_path / "wide")[-1]["loss"], rel=0.02)
+
+
+def test_one_checkpoint_for_both_models_is_in_memory_once(tmp_path):
+    args = train.parse_args(arguments(tmp_path, "run"))
+    retriever, lm = train.build_models(args, torch.float32, torch.device("cpu"), None)
+    for name, p in retriever.llama.named_parameters():
+        other = lm.get_parameter(name)
+        assert (p.data_ptr() == other.data_ptr()) == (".lora_" not in name), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the toy world
+
+
+def test_the_toy_world_is_learned_and_only_through_in_batch_attention(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stdout, _ = command("train.py", "--max_steps", 300, "--warmup_steps", 50, "--eval_every", 0, processes=1, cwd=tmp_path)
+    before, after = (m["ndcg@10"] for m in metrics(Path("runs/toy")) if "ndcg@10" in m)
+    assert before < 0.6 and after > 0.8
+    assert f"step 0: nDCG@10 world {before:.4f}" in stdout and stdout.count("query: ") == 6
+    results = Path("results.json")
+    eval.main(["--model", "runs/toy/retriever", "--data", "runs/toy/world", "--device", "cpu", "--out", str(results)])
+    assert json.loads(results.read_text())["results"][0]["ndcg@10"] == pytest.approx(after, abs=1e-12)
+    Llama.from_pretrained("runs/toy/lm")  # the language model is saved whole, too
+
+    train.main(["--no_inbatch", "--max_steps", "3", "--out", "control", "--device", "cpu"])
+    values = [m["ndcg@10"] for m in metrics(Path("control")) if "ndcg@10" in m]
+    assert values[-1] == values[0]  # the retriever gets no gradient at all
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad commands
+
+
+def test_bad_commands_are_one_clear_sentence(tmp_path):
+    args = arguments(tmp_path, "run")
+    (tmp_path / "short.jsonl").write_text('["only one"]\n')
+    shutil.copytree(tmp_path / "base", tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes(b"\x00" * 20)
+    for more, message in [
+        (["--resume", "latest"], "nothing to resume"),
+        (["--data", tmp_path / "none.jsonl"], "none.jsonl"),
+        (["--data", tmp_path / "short.jsonl"], "short.jsonl:1: a group of 1 passages; need 3"),
+        (["--model", tmp_path / "none"], "config.json does not exist"),
+        (["--model", tmp_path / "cut"], "model.safetensors is damaged or incomplete"),
+        (["--lora_target_modules", "q_proj,w"], "LoRA target w is unknown"),
+        (["--eval_data", tmp_path / "none"], "none/corpus.jsonl"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            train.main(args + [str(m) for m in more])
+        assert not (tmp_path / "run/metrics.jsonl").exists()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    for more in (["--learning", "1"], ["--temprature", "1"]):
+        _, stderr = command("train.py", *args, *more, code=1)
+        assert "unrecognized arguments" in stderr and "Traceback" not in stderr
+    assert command("train.py", "--model", "x", code=1)[1] == "train.py: --model needs --data: a file of groups, which data.py makes from documents\n"
+    assert "--data needs --model" in command("train.py", "--data", "x", code=1)[1]
+
+
+def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
+    train.main(arguments(tmp_path, "run", "--max_steps", 2))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["learning_rate"] == 1e-2 and config["max_steps"] == 2 and config["seed"] == 0
+    with pytest.raises(ValueError, match="run is not empty"):
+        train.main(arguments(tmp_path, "run"))
+    with pytest.raises(ValueError, match="--max_steps was 2 there, now it is 5"):
+        train.main(arguments(tmp_path, "run", "--resume", "latest"))
+    with pytest.raises(ValueError, match="--learning_rate was 0.01 there, now it is 0.5"):
+        train.main(arguments(tmp_path, "run", "--max_steps", 2, "--learning_rate", 0.5, "--resume", "latest"))
+    with pytest.raises(FileNotFoundError, match="elsewhere/meta.json"):
+        train.main(arguments(tmp_path, "run", "--max_steps", 2, "--resume", tmp_path / "elsewhere"))

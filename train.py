@@ -1,0 +1,392 @@
+"""Train a retriever by language modelling: the explicit loop.
+
+    torchrun train.py                                    # the toy world: nothing to download, about a minute on a laptop
+    python train.py                                      # the same in one plain process
+    torchrun --nproc_per_node=8 train.py --model path/to/SmolLM2-135M --data groups.jsonl --out runs/smol
+    python train.py --resume latest --out runs/smol ...  # go on from the last checkpoint, with the arguments of before
+
+An update is over `gradient_accumulation_steps` micro-batches on each process, of `groups_per_device` groups of
+`train_group_size` passages. Passages see each other within their group alone: more accumulation or more processes mean
+more groups in an update, not larger ones. The loss of an update is the mean over all of its tokens, however they are
+spread over micro-batches and processes.
+
+A run folder (--out) holds config.json (all arguments), metrics.jsonl, checkpoints/, and at the end retriever/ and lm/:
+PEFT adapters after LoRA training, whole Hugging Face checkpoints after full training (--lora_r 0).
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Groups, Tokenizer, collate, group_order, read_beir, write_toy_world
+from eval import dense_run, measure, show
+from model import LORA_TARGETS, Llama, add_lora, load_adapter, read_json, save_adapter, save_model
+from revela import Retriever, Revela
+
+# ----------------------------------------------------------------------------------------------------------------------
+# arguments
+
+# The toy world's own defaults. The models are tiny, start at random and are trained whole, hence the large learning rate.
+TOY = {
+    "out": "runs/toy", "lora_r": 0, "attn_temperature": 0.05, "learning_rate": 3e-3, "warmup_steps": 50, "max_steps": 600,
+    "groups_per_device": 2, "gradient_accumulation_steps": 1, "logging_steps": 25, "eval_every": 100, "save_steps": 300,
+}  # fmt: skip
+
+# Arguments that may change when a run is resumed: none of them changes what is computed.
+FREE = {"out", "resume", "device", "num_workers", "logging_steps", "eval_every", "eval_data", "save_steps"}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Train a retriever by language modelling.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Without --data, a toy world is written and trained on, with defaults of its own: "
+        + ", ".join(f"{k} {v}" for k, v in TOY.items()),
+    )  # fmt: skip
+    add = parser.add_argument_group("data and models").add_argument
+    add("--data", help="JSON lines of groups, each a list of passages; made by data.py. None: the toy world")
+    add("--model", help="base model of the retriever: a folder in Hugging Face layout")
+    add("--lm", help="base model of the language model (default: --model)")
+    add("--out", default="runs/revela", help="run folder to write; must not hold a run, unless it is resumed")
+    add("--resume", help="'latest', or a folder under checkpoints/: go on from there")
+    add = parser.add_argument_group("method").add_argument
+    add("--attn_temperature", type=float, default=1e-4, help="tau of the softmax over similarities")
+    add("--inbatch_scale", type=float, default=1.0, help="factor on what passages read from each other; 1: as published")
+    add("--no_inbatch", action="store_true", help="the control: no in-batch attention, so nothing reaches the retriever")
+    add("--no_v_norm", action="store_true", help="leave V-norm out of the in-batch attention")
+    add("--first_half", action="store_true", help="the query of a passage is its first half, not all of it")
+    add("--dual_loss", action="store_true", help="add the context stream's own next-token loss")
+    add("--train_group_size", type=int, default=16, help="passages of a group that are used: its first ones")
+    add("--passage_max_len", type=int, default=157, help="tokens of a passage that are read (prefix and EOS included)")
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora_r", type=int, default=256, help="rank; 0 trains all weights of both models")
+    add("--lora_alpha", type=float, default=64, help="the correction is alpha/r * B A")
+    add("--lora_dropout", type=float, default=0.1, help="dropout on the input of A, a probability")
+    add("--lora_target_modules", default=",".join(LORA_TARGETS), help="layers that get one, separated by commas")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--learning_rate", type=float, default=1e-4, help="peak of AdamW's learning rate")
+    add("--warmup_steps", type=int, default=100, help="updates until the peak; then linear decay to zero")
+    add("--weight_decay", type=float, default=0.0, help="AdamW's, on every trained weight")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients of both models together are clipped to this norm")
+    add("--num_train_epochs", type=float, default=1.0, help="passes over --data")
+    add("--max_steps", type=int, help="updates (default: what num_train_epochs asks for)")
+    add("--groups_per_device", type=int, default=1, help="groups side by side in one micro-batch")
+    add("--gradient_accumulation_steps", type=int, help="micro-batches per update and process (default: 32 groups per update)")
+    add("--seed", type=int, default=0, help="of weights, dropout, order of the data, and the toy world")
+    add = parser.add_argument_group("machine, log and checkpoints").add_argument
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="bfloat16: autocast, with frozen weights kept in bfloat16; trained weights stay float32")  # fmt: skip
+    add("--num_workers", type=int, default=0, help="processes that prepare batches; 0: the training process does")
+    add("--logging_steps", type=int, default=10, help="updates between log lines")
+    add("--save_steps", type=int, default=500, help="updates between checkpoints; the last one is always saved")
+    add("--eval_every", type=int, default=0, help="updates between evaluations on --eval_data; 0: only before and after")
+    add("--eval_data", nargs="+", help="test collections, folders in BEIR layout")
+    args = parser.parse_args(argv)
+    if args.data is None:
+        if args.model:
+            raise ValueError("--model needs --data: a file of groups, which data.py makes from documents")
+        parser.set_defaults(**TOY)
+        args = parser.parse_args(argv)
+    elif not args.model:
+        raise ValueError("--data needs --model: the base model to train")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parts
+
+
+def setup(device):
+    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        return torch.device(device), 0, 1
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def build_models(args, dtype, device, start):
+    """(retriever, lm), their trainable weights in float32, as they stand in the checkpoint folder `start`, or fresh."""
+    same = args.lm in (None, args.model)
+    lm_base = args.model if same else args.lm
+    if args.lora_r == 0:
+        lm = Llama.from_pretrained(start / "lm" if start else lm_base, torch.float32, device)
+        retriever = Llama.from_pretrained(start / "retriever" if start else args.model, torch.float32, device, head=False)
+        return Retriever(retriever, Tokenizer(args.model)), lm
+    lm = Llama.from_pretrained(lm_base, dtype, device)
+    if same:  # the frozen weights exist once
+        with torch.device("meta"):
+            retriever = Llama(lm.config, head=False)
+        retriever.load_state_dict(lm.state_dict(), strict=False, assign=True)
+        retriever.path = lm.path
+    else:
+        retriever = Llama.from_pretrained(args.model, dtype, device, head=False)
+    for llama, name in ((retriever, "retriever"), (lm, "lm")):
+        if start:
+            load_adapter(llama, start / name)
+        else:
+            add_lora(llama, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules.split(","))
+    return Retriever(retriever, Tokenizer(args.model)), lm
+
+
+def save_models(revela, folder, args):
+    """Write {folder}/retriever and {folder}/lm: adapters, or whole checkpoints with their tokenizers."""
+    for llama, name, base in ((revela.retriever.llama, "retriever", args.model), (revela.lm, "lm", args.lm or args.model)):
+        if llama.lora:
+            save_adapter(llama, folder / name)
+        else:
+            save_model(llama, folder / name)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                if (Path(base) / file).exists():
+                    shutil.copyfile(Path(base) / file, folder / name / file)
+
+
+def learning_rate(step, args, total):
+    """Of update `step` (from 0): up linearly to the peak in `warmup_steps` updates, then down linearly to 0 at `total`."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    return args.learning_rate * (total - step) / (total - args.warmup_steps)
+
+
+def gather_rng_states(device, world):
+    """The random states of all processes, in order of rank; every process must call this."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    states = [torch.empty_like(state, device=device) for _ in range(world)]
+    if world > 1:
+        dist.all_gather(states, state.to(device))
+    return [s.cpu() for s in states] if world > 1 else [state]
+
+
+def save_checkpoint(folder, step, revela, optimizer, args, rng_states):
+    """Write {folder}/step_N: models, optimizer, each process's random state, arguments. It appears whole or not at all,
+    and only then does {folder}/latest name it."""
+    final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_models(revela, partial, args)
+    names = [name for name, p in revela.named_parameters() if p.requires_grad]
+    state = optimizer.state_dict()["state"]
+    save_file({f"{names[i]}.{key}": t for i in state for key, t in state[i].items()}, partial / "optimizer.safetensors")
+    save_file({f"rank_{i}": t for i, t in enumerate(rng_states)}, partial / "rng.safetensors")
+    (partial / "meta.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    (folder / "latest.partial").write_text(final.name + "\n")
+    os.replace(folder / "latest.partial", folder / "latest")
+
+
+def find_checkpoint(args):
+    """(folder, step) of the checkpoint that --resume means. Raises ValueError if there is none, or if it was made with
+    arguments that compute something else."""
+    folder = Path(args.out) / "checkpoints"
+    if args.resume == "latest":
+        if not (folder / "latest").exists():
+            raise ValueError(f"nothing to resume: {folder} holds no finished checkpoint")
+        start = folder / (folder / "latest").read_text().strip()
+    else:
+        start = Path(args.resume)
+    meta = read_json(start / "meta.json")
+    for name, value in vars(args).items():
+        if name not in FREE and meta["args"].get(name) != value:
+            raise ValueError(f"cannot resume {start}: --{name} was {meta['args'].get(name)} there, now it is {value}")
+    return start, meta["step"]
+
+
+def restore(start, revela, optimizer, device, rank):
+    """Put back what a checkpoint holds beside the models: the optimizer's moments, this process's random state."""
+    saved, state = load_file(start / "optimizer.safetensors"), optimizer.state_dict()
+    names = [name for name, p in revela.named_parameters() if p.requires_grad]
+    state["state"] = {i: {k: saved[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i, name in enumerate(names)}
+    optimizer.load_state_dict(state)
+    state = load_file(start / "rng.safetensors")[f"rank_{rank}"]
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, world):
+    """One step of the optimizer on the mean loss over all tokens of the `micro_batches` of all processes.
+
+    `model` is a Revela, or the DDP around one. Returns {name: scalar tensor}: Revela's statistics, as this process's
+    addend to the mean over the update, and the gradient norms of both models before clipping.
+    """
+    revela = model.module if world > 1 else model
+    counts = [revela.targets(batch).sum() for batch in micro_batches]
+    all_targets = sum(counts).to(device)
+    if world > 1:
+        dist.all_reduce(all_targets)
+    stats = {"tokens": sum(counts)}
+    for i, batch in enumerate(micro_batches):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        share = counts[i].to(device) / all_targets
+        hold = world > 1 and i < len(micro_batches) - 1
+        with model.no_sync() if hold else nullcontext():  # gradients meet once per update
+            with autocast():
+                loss = model(batch)
+            (loss * share * world).backward()  # DDP takes the mean over processes, we want the sum
+        for name, value in revela.stats.items():
+            stats[name] = stats.get(name, 0) + value * share
+    norm = {}
+    for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
+        norm[name] = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        stats[f"grad_norm_{name}"] = norm[name] / world
+    total_norm = torch.linalg.vector_norm(torch.stack(list(norm.values())))
+    torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, total_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return stats
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in GB: of the GPU, else of RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # here, since Windows lacks it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, rank, world = setup(args.device)
+    say = print if rank == 0 else lambda *_: None
+    barrier = dist.barrier if world > 1 else lambda: None
+    out = Path(args.out)
+    if not args.resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another --out, or go on with --resume latest")
+    barrier()
+    toy = args.data is None
+    if toy:
+        args.model, args.data, args.eval_data = str(out / "world"), str(out / "world/groups.jsonl"), [str(out / "world")]
+        if rank == 0 and not args.resume:
+            write_toy_world(out / "world", args.seed)
+        barrier()
+
+    # -- models, optimizer, and where they start
+    start, first_step = find_checkpoint(args) if args.resume else (None, 0)
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(args.seed)
+    retriever, lm = build_models(args, dtype, device, start)
+    scale = 0.0 if args.no_inbatch else args.inbatch_scale
+    if scale == 0:
+        retriever.requires_grad_(False)  # nothing will reach it
+    revela = Revela(retriever, lm, args.attn_temperature, not args.no_v_norm, scale, args.dual_loss)
+    trained = [p for p in revela.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    torch.manual_seed(args.seed + rank)  # dropout differs between processes
+    if start:
+        restore(start, revela, optimizer, device, rank)
+    model = DistributedDataParallel(revela, device_ids=[device] if device.type == "cuda" else None) if world > 1 else revela
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    # -- data
+    groups = Groups(args.data, args.train_group_size)
+    collections = {Path(folder).resolve().name: read_beir(folder) for folder in args.eval_data or []}
+    accumulation = args.gradient_accumulation_steps or max(1, 32 // (world * args.groups_per_device))
+    per_update = world * accumulation * args.groups_per_device
+    total = args.max_steps or math.ceil(args.num_train_epochs * len(groups) / per_update)
+    order = group_order(len(groups), args.seed, first_step, total, rank, world, accumulation, args.groups_per_device)
+    tokenizers = {"tokenizer": retriever.tokenizer, "lm_tokenizer": Tokenizer(args.lm or args.model)}
+    batches = iter(
+        torch.utils.data.DataLoader(
+            groups,
+            batch_sampler=order,
+            collate_fn=partial(collate, passage_max_len=args.passage_max_len, first_half=args.first_half, **tokenizers),
+            num_workers=args.num_workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # its own, so that the loader does not draw from the one behind dropout
+        )
+    )
+    say(f"{len(groups):,} groups in {args.data}; {sum(p.numel() for p in trained):,} trained parameters; {args.dtype} on {device}")
+    say(f"an update: {world} processes x {accumulation} micro-batches x {args.groups_per_device} groups of "
+        f"{args.train_group_size} passages; {total} updates are {total * per_update / len(groups):.2f} epochs")  # fmt: skip
+
+    # -- log and evaluation, by the first process
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = out / "metrics.jsonl"
+    if rank == 0:
+        (out / "config.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        lines = metrics.read_text().splitlines(keepends=True) if start and metrics.exists() else []
+        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+
+    def record(values):
+        if rank == 0:
+            with open(metrics, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def evaluate(step):
+        if collections and rank == 0:
+            runs = {name: dense_run(retriever, *c[:2]) for name, c in collections.items()}
+            ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
+            record({"step": step, "ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg})
+            say(f"step {step}: nDCG@10 " + ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items()))
+            if toy and step in (0, total):
+                show(runs["world"], collections["world"])
+        barrier()
+
+    # -- the loop
+    if not start:
+        evaluate(0)
+    sums, since, clock = {}, first_step, time.perf_counter()
+    for step in range(first_step + 1, total + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, args, total)
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        for name, value in update(model, micro_batches, optimizer, args.max_grad_norm, autocast, device, world).items():
+            sums[name] = sums.get(name, 0) + value
+
+        if step % args.logging_steps == 0 or step == total:
+            values = torch.stack([value.to(device).float() for value in sums.values()])
+            if world > 1:
+                dist.all_reduce(values)
+            v = dict(zip(sums, (values / (step - since)).tolist()))  # means over the updates since the last line
+            seconds = (time.perf_counter() - clock) / (step - since)
+            v = {"step": step, "lr": group["lr"]} | v | {"tokens_per_s": v.pop("tokens") / seconds}
+            v |= {"memory_gb": peak_memory(device), "eta_s": seconds * (total - step)}
+            record(v)
+            say(
+                f"{step:6}/{total}  loss {v['loss']:.4f}  lr {v['lr']:.1e}  "
+                f"grad {v['grad_norm_retriever']:.1e} {v['grad_norm_lm']:.1e}  "
+                + (f"max w {v['max_weight']:.2f}  spread {v['spread']:.2f}  " if scale else "")
+                + f"{v['tokens_per_s']:,.0f} tok/s  {v['memory_gb']:.1f} GB  {v['eta_s'] // 60:.0f}:{v['eta_s'] % 60:02.0f} left"
+            )
+            sums, since, clock = {}, step, time.perf_counter()
+
+        pause = time.perf_counter()
+        if step % args.save_steps == 0 or step == total:
+            states = gather_rng_states(device, world)
+            if rank == 0:
+                save_checkpoint(out / "checkpoints", step, revela, optimizer, args, states)
+            barrier()
+        if step == total or (args.eval_every and step % args.eval_every == 0):
+            evaluate(step)
+        clock += time.perf_counter() - pause
+
+    if rank == 0:
+        save_models(revela, out, args)
+        say(f"saved {out}/retriever and {out}/lm")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
