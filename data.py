@@ -73,16 +73,17 @@ class Tokenizer:
 
 
 def pad(rows, value):
-    """Lists of ids -> ids [N, T] int64 and mask [N, T] bool, right padded to the longest."""
+    """Lists of ids -> ids [N, T] int64 and mask [N, T] bool, padded on the right to the length of the longest, rounded up
+    to a multiple of 8 (odd lengths are slow on GPUs and CPUs alike)."""
     lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [N, T]
+    mask = torch.arange(-(-int(lengths.max()) // 8) * 8) < lengths[:, None]  # [N, T]
     ids = torch.full(mask.shape, value, dtype=torch.int64)
     ids[mask] = torch.tensor([token for row in rows for token in row])
     return ids, mask
 
 
 def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False):
-    """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T]; T is the longest row's.
+    """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
 
     `first_half`: the query of a passage is its first half, so that predicting the second half is what retrieval pays
     for; groups with src "stackoverflow" keep the whole passage (as published: there a question comes with its answers).

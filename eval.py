@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from data import BM25, read_beir
+from model import tune_allocator
 from revela import Retriever
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,6 +166,7 @@ def main(argv=None):
     if args.out and Path(args.out).exists():
         raise ValueError(f"{args.out} exists already; remove it or choose another --out")
 
+    tune_allocator()
     retriever = None
     if args.model:
         retriever = Retriever.from_pretrained(args.model, args.adapter, getattr(torch, args.dtype), args.device)

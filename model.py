@@ -14,8 +14,10 @@ Shapes, here and in the other files:
     D hidden_size   H query heads   H_kv key/value heads   d head_dim   r LoRA rank
 """
 
+import ctypes
 import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def tune_allocator():
+    """Tell glibc to keep the memory that it frees. Else a CPU run spends up to half of its time asking the system for it
+    again. The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_ARENA_MAX=1 in the environment; elsewhere
+    than on Linux with glibc it does nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
+        mallopt and mallopt(option, value)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -93,7 +106,24 @@ class LlamaConfig:
 # in-batch attention
 
 
-def in_batch_attention(q, k, v, weights, mask, v_norm=True):
+# Where attention is written out: forward and backward at T = 160 take a quarter of SDPA's time in bfloat16 on a CPU, and
+# as long in float32.
+WRITTEN_OUT = {"cpu"}
+
+
+def attend(q, k, v, scale, causal=False):
+    """softmax(scale * q k^T) v for q [N, H, T, d] and k, v [N, H_kv, U, d]; each key/value head serves H / H_kv query heads."""
+    if q.device.type not in WRITTEN_OUT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    (N, H, T, d), H_kv, U = q.shape, k.shape[1], k.shape[2]
+    scores = (q.reshape(N, H_kv, -1, d) * scale) @ k.transpose(2, 3)  # [N, H_kv, H/H_kv*T, U]
+    if causal:
+        hidden = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.view(N, H, T, U).masked_fill(hidden, -torch.inf).view(N, H_kv, -1, U)
+    return (scores.softmax(-1) @ v).view(N, H, T, d)
+
+
+def in_batch_attention(q, k, v, weights, mask, v_norm=True, pairs=None):
     """What each passage of a group reads from the other passages: out_i = sum over j != i of w_ij C_ij.
 
         C_ij[t] = sum_u a_u v_ju / (sum_u a_u |v_ju| + 1e-6),   a = softmax_u(q_it . k_ju / sqrt(d))
@@ -110,26 +140,34 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
     weights  [B, B]            w_ij >= 0; its diagonal is ignored
     mask     [B, T]            true at real tokens; every passage has at least one
     v_norm   False leaves the division out: C_ij[t] = sum_u a_u v_ju
+    pairs    (g, i, j), three int64 [P]: the only terms of the sums to compute; None: all with i != j
     returns  [B, H, T, d]
     """
     if q.dim() == 4:
-        return in_batch_attention(q[None], k[None], v[None], weights[None], mask[None], v_norm)[0]
-    (G, B, H, T, d), H_kv = q.shape, k.shape[2]
+        return in_batch_attention(q[None], k[None], v[None], weights[None], mask[None], v_norm, pairs)[0]
+    G, B, H, T, d = q.shape
+    g, i, j = pairs or (1 - torch.eye(B, device=q.device)).expand(G, B, B).nonzero(as_tuple=True)
     wide = torch.promote_types(v.dtype, torch.float32)
     bias = torch.zeros_like(mask, dtype=wide).masked_fill(~mask.bool(), -1e4)[:, :, None]  # [G, B, 1, T]
     if v_norm:
         n = torch.linalg.vector_norm(v.to(wide), dim=-1) + 1e-6  # [G, B, H_kv, T]
         v, bias = v / n[..., None].to(v.dtype), bias + n.log()
     # The bias rides along as one more coordinate (q's is 1), since SDPA's fast kernels take no bias with a gradient.
-    bias = (bias * math.sqrt(d)).to(k.dtype).expand(G, B, H_kv, T)
+    bias = (bias * math.sqrt(d)).to(k.dtype).expand(k.shape[:-1])
     k, v, q = torch.cat([k, bias[..., None]], -1), F.pad(v, (0, 1)), F.pad(q, (0, 1), value=1.0)
-    # All queries of a group that share a key/value head form one long sequence, read against each passage j.
-    q = q.view(G, B, H_kv, H // H_kv, T, d + 1).transpose(1, 2).reshape(G, 1, H_kv, -1, d + 1).expand(-1, B, -1, -1, -1)
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [G*B, H_kv, B*(H/H_kv)*T, d+1] and [G*B, H_kv, T, d+1]
-    c = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
-    c = c.view(G, B, H_kv, B, H // H_kv, T, d)  # second axis j, fourth axis i
-    weights = weights.masked_fill(torch.eye(B, dtype=torch.bool, device=weights.device), 0)
-    return torch.einsum("gij,gjkihtd->gikhtd", weights.to(c.dtype), c).reshape(G, B, H, T, d)
+
+    def terms(q, k, v, w, q_at, kv_at):  # the sum of w_ij C_ij over some pairs [G*B, H, T, d]
+        wv = (v.index_select(0, kv_at) * w[:, None, None, None]).to(v.dtype)  # [P, H_kv, T, d+1]
+        c = attend(q.index_select(0, q_at), k.index_select(0, kv_at), wv, 1 / math.sqrt(d))[..., :d]
+        return torch.zeros(G * B, H, T, d, dtype=wide, device=q.device).index_add(0, q_at, c.to(wide))
+
+    q, k, v, w = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), weights[g, i, j].to(wide)
+    out = 0
+    size = max(1, 2**24 // (H * T * T))  # pairs at a time, so that their scores fit into a CPU's cache
+    for part in zip(w.split(size), (g * B + i).split(size), (g * B + j).split(size)):
+        # what a pair computes is far larger than what it computes it from, so it is not kept but done again for backward
+        out = out + checkpoint(terms, q, k, v, *part, use_reentrant=False, preserve_rng_state=False)
+    return out.unflatten(0, (G, B)).to(q.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,7 +175,12 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 
 
 class Linear(nn.Linear):
-    """x W^T + bias; after `add_lora` also scale * B A dropout(x), with W frozen."""
+    """x W^T + bias; after `add_lora` also scale * B A dropout(x), with W frozen.
+
+    Without dropout that is x (W + scale B A)^T: one matmul for N tokens instead of three, for the price of making the sum
+    (and of its gradient, from which those of A and B follow). In multiplications, beyond those of the layer itself:
+        apart   N r (in + out),  backward twice that      merged   in out r,  backward twice that and N in out
+    """
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__(d_in, d_out, bias=bias)
@@ -145,10 +188,14 @@ class Linear(nn.Linear):
         self.scale = 1.0
 
     def forward(self, x):
-        y = super().forward(x)
         if self.lora_A is None:
-            return y
-        return y + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+            return super().forward(x)
+        (out, d_in), r, N = self.weight.shape, self.lora_A.out_features, x.numel() // x.shape[-1]
+        learning = torch.is_grad_enabled()
+        apart, merged = N * r * (d_in + out), d_in * out * r
+        if self.dropout.p and self.training or (1 + 2 * learning) * apart < (1 + 2 * learning) * merged + learning * N * d_in * out:
+            return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+        return F.linear(x, self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight), self.bias)
 
 
 def rope(config, T, device):
@@ -170,9 +217,16 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
+def recomputed(on, f, *args):
+    """f(*args). If `on`, what f would keep for the backward pass is let go and computed again there (but for a matmul that
+    comes last in f: only its inputs are needed)."""
+    return checkpoint(f, *args, use_reentrant=False) if on and torch.is_grad_enabled() else f(*args)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.recompute = False
         self.head_dim = c.head_dim
         bias = c.model_type == "qwen2"
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
@@ -182,29 +236,35 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mix=None, skip=0):
         heads = lambda y: y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2)  # [N, T, H*d] -> [N, H, T, d]
-        q = rotate(heads(self.q_proj(x[skip:])), cos, sin)
-        k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))
-        out = F.scaled_dot_product_attention(q, k[skip:], v[skip:], is_causal=True, enable_gqa=True)
-        if mix is not None:  # x is the context stream, then the in-batch stream, N sequences each
-            N = len(x) // 2
-            out = torch.cat([out[:-N], out[-N:] + mix(q[-N:], k[:N], v[:N])])
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
+        q, k, v = heads(self.q_proj(x[skip:])), heads(self.k_proj(x)), heads(self.v_proj(x))
+
+        def read(q, k, v):
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            out = attend(q, k[skip:], v[skip:], 1 / math.sqrt(self.head_dim), causal=True)
+            if mix is not None:  # x is the context stream, then the in-batch stream, N sequences each
+                N = len(x) // 2
+                out = torch.cat([out[:-N], out[-N:] + mix(q[-N:], k[:N], v[:N])])
+            return self.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
+
+        return recomputed(self.recompute, read, q, k, v)
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.recompute = False
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return recomputed(self.recompute, lambda g, u: self.down_proj(F.silu(g) * u), self.gate_proj(x), self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.recompute = False
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
@@ -212,8 +272,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, mix=None, skip=0):
         """x [N, T, D]; the first `skip` sequences leave their keys and values to `mix` and go no further."""
-        x = x[skip:] + self.self_attn(self.input_layernorm(x), cos, sin, mix, skip)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x[skip:] + self.self_attn(recomputed(self.recompute, self.input_layernorm, x), cos, sin, mix, skip)
+        return x + self.mlp(recomputed(self.recompute, self.post_attention_layernorm, x))
 
 
 class Llama(nn.Module):
@@ -223,6 +283,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.has_head = config, head
         self.path = None  # where the weights came from
+        self.recompute_blocks = False
         self.lora = None  # rank, alpha, dropout and targets once `add_lora` has been here
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -240,6 +301,13 @@ class Llama(nn.Module):
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         return self
 
+    def recompute_activations(self, how):
+        """What to compute a second time in the backward pass instead of keeping it, to save memory (same results):
+        "none"; "selective": all but what comes out of matmuls, for about a tenth more time; "full": whole blocks."""
+        self.recompute_blocks = how == "full"
+        for block in self.layers:
+            block.recompute = block.self_attn.recompute = block.mlp.recompute = how == "selective"
+
     def forward(self, ids, mask=None):
         """ids [N, T] int64 -> hidden states [N, T, D] after the final norm.
 
@@ -251,31 +319,32 @@ class Llama(nn.Module):
         cos, sin = rope(self.config, ids.shape[1], ids.device)
         x = self.embed_tokens(ids)  # [N, T, D]
         for block in self.layers:
-            x = block(x, cos, sin)
+            x = recomputed(self.recompute_blocks, block, x, cos, sin)
         return self.norm(x)
 
-    def forward_in_batch(self, ids, mask, weights, v_norm=True, scale=1.0, context=False):
+    def forward_in_batch(self, ids, mask, weights, v_norm=True, scale=1.0, context=False, pairs=None):
         """The two streams, through each block together: passages alone, and passages reading each other.
 
         In every block the in-batch stream adds scale * in_batch_attention(its queries, the context stream's keys and
         values) to its own causal attention. The context stream never reads another passage, so nothing of D_i comes
         back to D_i; after its last keys and values it has no further use.
 
-        ids, mask [G, B, T]; weights [G, B, B]; returns the hidden states of the in-batch stream [G, B, T, D]
-        and, if `context` is asked for, those of the context stream (else None).
+        ids, mask [G, B, T]; weights [G, B, B], of which only `pairs` count if they are given; returns the hidden states
+        of the in-batch stream [G, B, T, D] and, if `context` is asked for, those of the context stream (else None).
         """
         G, B, T = ids.shape
 
         def mix(q, k, v):
             q, k, v = (y.unflatten(0, (G, B)) for y in (q, k, v))  # [G*B, H, T, d] -> [G, B, H, T, d]
-            return scale * in_batch_attention(q, k, v, weights, mask, v_norm).flatten(0, 1)
+            return scale * in_batch_attention(q, k, v, weights, mask, v_norm, pairs).flatten(0, 1)
 
         cos, sin = rope(self.config, T, ids.device)
         x = self.embed_tokens(ids.flatten(0, 1))  # [G*B, T, D]
         x = torch.cat([x, x])  # [2*G*B, T, D]: context stream, in-batch stream
-        for block in self.layers[:-1]:
-            x = block(x, cos, sin, mix)
-        x = self.norm(self.layers[-1](x, cos, sin, mix, skip=0 if context else G * B))
+        for block in self.layers:
+            skip = G * B if block is self.layers[-1] and not context else 0
+            x = recomputed(self.recompute_blocks, block, x, cos, sin, mix, skip)
+        x = self.norm(x)
         streams = x.view(-1, G, B, T, x.shape[-1])  # [2 or 1, G, B, T, D]
         return streams[-1], streams[0] if context else None
 

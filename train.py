@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import Groups, Tokenizer, collate, group_order, read_beir, write_toy_world
 from eval import dense_run, measure, show
-from model import LORA_TARGETS, Llama, add_lora, load_adapter, read_json, save_adapter, save_model
+from model import LORA_TARGETS, Llama, add_lora, load_adapter, read_json, save_adapter, save_model, tune_allocator
 from revela import Retriever, Revela
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,12 +40,12 @@ from revela import Retriever, Revela
 
 # The toy world's own defaults. The models are tiny, start at random and are trained whole, hence the large learning rate.
 TOY = {
-    "out": "runs/toy", "lora_r": 0, "attn_temperature": 0.05, "learning_rate": 3e-3, "warmup_steps": 50, "max_steps": 600,
-    "groups_per_device": 2, "gradient_accumulation_steps": 1, "logging_steps": 25, "eval_every": 100, "save_steps": 300,
+    "out": "runs/toy", "lora_r": 0, "attn_temperature": 0.05, "learning_rate": 2e-3, "warmup_steps": 50, "max_steps": 500,
+    "groups_per_device": 2, "gradient_accumulation_steps": 1, "logging_steps": 25, "eval_every": 100, "save_steps": 250,
 }  # fmt: skip
 
 # Arguments that may change when a run is resumed: none of them changes what is computed.
-FREE = {"out", "resume", "device", "num_workers", "logging_steps", "eval_every", "eval_data", "save_steps"}
+FREE = {"out", "resume", "device", "activation_checkpointing", "num_workers", "logging_steps", "eval_every", "eval_data", "save_steps"}
 
 
 def parse_args(argv=None):
@@ -89,6 +89,8 @@ def parse_args(argv=None):
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="bfloat16: autocast, with frozen weights kept in bfloat16; trained weights stay float32")  # fmt: skip
+    add("--activation_checkpointing", choices=("none", "selective", "full"), default="none",
+        help="compute again in the backward pass instead of keeping: selective: all but matmuls; full: whole blocks")  # fmt: skip
     add("--num_workers", type=int, default=0, help="processes that prepare batches; 0: the training process does")
     add("--logging_steps", type=int, default=10, help="updates between log lines")
     add("--save_steps", type=int, default=500, help="updates between checkpoints; the last one is always saved")
@@ -264,6 +266,7 @@ def peak_memory(device):
 
 def main(argv=None):
     args = parse_args(argv)
+    tune_allocator()
     device, rank, world = setup(args.device)
     say = print if rank == 0 else lambda *_: None
     barrier = dist.barrier if world > 1 else lambda: None
@@ -283,6 +286,8 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(args.seed)
     retriever, lm = build_models(args, dtype, device, start)
+    for llama in (retriever.llama, lm):
+        llama.recompute_activations(args.activation_checkpointing)
     scale = 0.0 if args.no_inbatch else args.inbatch_scale
     if scale == 0:
         retriever.requires_grad_(False)  # nothing will reach it
@@ -381,6 +386,7 @@ def main(argv=None):
     if rank == 0:
         save_models(revela, out, args)
         say(f"saved {out}/retriever and {out}/lm")
+    barrier()  # a process that leaves while another still works would end the job for both
     if world > 1:
         dist.destroy_process_group()
 

@@ -11,12 +11,21 @@ import torch.nn.functional as F
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 
+import model
 from model import (
     Llama, LlamaConfig, add_lora, in_batch_attention, load_adapter, read_tensors, rope, save_adapter, save_model,
 )  # fmt: skip
 from revela import Retriever, Revela
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(params=["written out", "sdpa"])
+def attention(request, monkeypatch):
+    """Both ways to compute attention, though on this machine only the first is used."""
+    if request.param == "sdpa":
+        monkeypatch.setattr(model, "WRITTEN_OUT", set())
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # in-batch attention
@@ -48,7 +57,7 @@ def problem(seed=0, G=2, B=3, H=4, H_kv=2, T=5, d=6):
 
 
 @pytest.mark.parametrize("v_norm", [True, False])
-def test_in_batch_attention_equals_loops(v_norm):
+def test_in_batch_attention_equals_loops(v_norm, attention):
     q, k, v, w, mask = problem()
     v[0, 0, 0, 0] = 0  # a value of norm zero
     out = in_batch_attention(q, k, v, w, mask, v_norm)
@@ -59,7 +68,7 @@ def test_in_batch_attention_equals_loops(v_norm):
 
 
 @pytest.mark.parametrize("v_norm", [True, False])
-def test_in_batch_attention_gradients(v_norm):
+def test_in_batch_attention_gradients(v_norm, attention):
     q, k, v, w, mask = problem(1, G=2, B=3, H=2, H_kv=1, T=3, d=2)
     inputs = [x.requires_grad_() for x in (q, k, v, w)]
     assert torch.autograd.gradcheck(lambda *x: in_batch_attention(*x, mask, v_norm), inputs)
@@ -80,7 +89,7 @@ CASES = [(f, f"{v}_t{t}") for f in ("llama", "qwen2") for v in ("vnorm", "novnor
 
 
 @pytest.mark.parametrize("family, case", CASES)
-def test_golden(family, case):
+def test_golden(family, case, attention):
     x, truth = load_file(GOLDEN / family / "inputs.safetensors"), load_file(GOLDEN / family / f"{case}.safetensors")
     retriever = Retriever.from_pretrained(GOLDEN / family / "base_retriever", GOLDEN / family / "lora_retriever")
     lm = Llama.from_pretrained(GOLDEN / family / "base_reference")
@@ -162,12 +171,24 @@ def test_lora_starts_at_zero_scales_and_freezes_the_rest(tiny):
     add_lora(llama, r=2, alpha=6, dropout=0.0, targets=["q_proj", "down_proj"])
     assert torch.equal(llama(ids), before)
     assert {n.split(".")[-3] for n, p in llama.named_parameters() if p.requires_grad} == {"q_proj", "down_proj"}
-    layer, x = llama.layers[0].self_attn.q_proj, torch.randn(3, 32)
-    torch.nn.init.normal_(layer.lora_B.weight)
-    truth = x @ layer.weight.T + 3 * x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
-    torch.testing.assert_close(layer(x), truth)
     with pytest.raises(ValueError, match="w_proj is unknown"):
         add_lora(llama, 2, 6, 0.0, ["w_proj"])
+
+
+@pytest.mark.parametrize("r, N", [(2, 3), (2, 500), (32, 3), (32, 500)])
+def test_lora_merged_or_apart_is_one_function(tiny, r, N):
+    llama = Llama.from_pretrained(tiny)
+    add_lora(llama, r=r, alpha=6, dropout=0.0, targets=["up_proj"])
+    layer, x = llama.layers[0].mlp.up_proj, torch.randn(N, 32, requires_grad=True)
+    A, B = layer.lora_A.weight, torch.nn.init.normal_(layer.lora_B.weight)
+    apart = []
+    layer.lora_A.register_forward_hook(lambda *_: apart.append(True))
+    truth = x @ layer.weight.T + 6 / r * x @ A.T @ B.T
+    torch.testing.assert_close(layer(x), truth)
+    assert bool(apart) == (r == 2 or N == 3)  # 3 * 80 N r against 3 * 1536 r + 1536 N
+    gradients = (torch.autograd.grad(y.square().sum(), (x, A, B)) for y in (layer(x), truth))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

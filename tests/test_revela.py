@@ -112,6 +112,23 @@ def test_nothing_of_a_passage_comes_back_to_it(tmp_path):
     torch.testing.assert_close(before[1], after[1])  # the other group
 
 
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputing_activations_changes_nothing(tmp_path, how):
+    retriever, lm, batch = make(tmp_path)
+    for layer in lm.layers:
+        layer.mlp.down_proj.dropout.p = 0.3  # the same units must be dropped again
+    revela, gradients = Revela(retriever, lm, 0.05, dual_loss=True), []
+    for mode in ("none", how):
+        for llama in (retriever.llama, lm):
+            llama.recompute_activations(mode)
+        torch.manual_seed(0)
+        revela(batch).backward()
+        gradients.append({name: p.grad for name, p in revela.named_parameters() if p.requires_grad})
+        revela.zero_grad()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
 def test_the_chunks_of_the_cross_entropy_change_nothing(tmp_path):
     retriever, lm, batch = make(tmp_path)
     revela = Revela(retriever, lm)
