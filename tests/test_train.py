@@ -57,7 +57,7 @@ def test_the_learning_rate_is_its_closed_form():
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_accumulation_and_processes_do_not_change_the_update(tmp_path, lora):
-    more = ("--learning_rate", 2e-4) if lora else ("--learning_rate", 1e-4, "--lora_r", 0, "--dual_loss")
+    more = ("--learning_rate", 2e-4) if lora else ("--learning_rate", 3e-5, "--lora_r", 0, "--dual_loss")
     for name, processes, accumulation, groups in (("1x4", 0, 4, 1), ("1x2x2", 0, 2, 2), ("2x2", 2, 2, 1), ("4x1", 4, 1, 1)):
         args = arguments(tmp_path, name, *more, "--gradient_accumulation_steps", accumulation, "--groups_per_device", groups)
         command("train.py", *args, processes=processes)
@@ -69,7 +69,7 @@ def test_accumulation_and_processes_do_not_change_the_update(tmp_path, lora):
     if not lora:
         start = load_file(tmp_path / "base/model.safetensors")["model.layers.1.mlp.up_proj.weight"]
         moved = weights(tmp_path / "1x4", lora)["lm model.layers.1.mlp.up_proj.weight"] - start
-        assert moved.abs().median() > 5e-5  # fifty times what may differ
+        assert moved.abs().median() > 2e-5  # twenty times what may differ
 
 
 def interrupted(folder, step):
