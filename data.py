@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from model import Llama, LlamaConfig, read_json, save_model
+from model import Llama, LlamaConfig, find, read_json, save_model
 
 PREFIX = {"query": "query: ", "passage": "passage: "}
 
@@ -39,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, folder):
         """The EOS is tokenizer_config.json's eos_token, else config.json's eos_token_id; ValueError if there is none."""
-        folder = Path(folder)
+        folder = find(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: a model folder needs its tokenizer")
@@ -138,12 +139,27 @@ def parse_group(line, where, size):
     return texts[:size], src
 
 
+def unpacked(file):
+    """The plain file behind a gzipped one: {file}.unpacked, written once beside it (gzip cannot be read from the middle)."""
+    plain = Path(f"{file}.unpacked")
+    if not plain.exists() or plain.stat().st_mtime < os.stat(file).st_mtime:
+        partial = f"{plain}.{os.getpid()}.partial"
+        try:
+            with gzip.open(file, "rb") as packed, open(partial, "wb") as out:
+                shutil.copyfileobj(packed, out)
+        except (OSError, EOFError) as error:
+            Path(partial).unlink(missing_ok=True)
+            raise ValueError(f"{file} cannot be unpacked to {plain}: {error}") from None
+        os.replace(partial, plain)
+    return plain
+
+
 class Groups(torch.utils.data.Dataset):
     """The groups of a JSON-lines file, read one at a time from their byte offsets: the file need not fit in memory."""
 
     def __init__(self, file, size):
         """Checks every line once; ValueError names file and line. `size`: passages of a group that are used."""
-        self.file, self.size = str(file), size
+        self.file, self.size = str(unpacked(file) if str(file).endswith(".gz") else file), size
         offsets, position = [], 0
         with open(self.file, "rb") as lines:
             for number, line in enumerate(lines, 1):

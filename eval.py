@@ -2,6 +2,8 @@
 
     python eval.py --model BASE [--adapter runs/smol/retriever] --data scifact nfcorpus --out results.json
     python eval.py --bm25 --data scifact                  # the lexical baseline; with --model too: dense, bm25 and fused
+    python eval.py --model BASE --adapter runs/smol/retriever --export FOLDER    # for transformers, sentence-transformers
+    python eval.py --model BASE --adapter runs/smol/retriever --mteb SciFact     # by mteb (pip install mteb)
 
 A collection is a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv. Every document is scored against
 every query, exactly. A *run* is {query id: {document id: score}}, as deep as --top_k; *qrels* are {query id: {document
@@ -19,10 +21,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 
-from data import BM25, read_beir
-from model import tune_allocator
+from data import BM25, PREFIX, read_beir
+from model import find, merge_lora, read_json, save_model, tune_allocator
 from revela import Retriever
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,6 +142,90 @@ def show(run, collection, n=3, depth=3):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# to others: how a folder's texts are to be encoded, sentence-transformers, mteb
+
+
+def write_encoding(folder, max_len=512):
+    """Say in `folder` how texts become vectors, in sentence-transformers' words: prefixes, length, similarity."""
+    prompts = {"prompts": PREFIX, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    (Path(folder) / "config_sentence_transformers.json").write_text(json.dumps(prompts, indent=1) + "\n")
+    (Path(folder) / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_len, "do_lower_case": False}) + "\n")
+
+
+def read_max_len(folder):
+    """The length that `write_encoding` left in `folder`; 512, the published evaluation's, where it left none."""
+    file = find(folder) / "sentence_bert_config.json"
+    return read_json(file)["max_seq_length"] if file.exists() else 512
+
+
+def export(retriever, folder, max_len=512):
+    """Write a plain Hugging Face checkpoint, LoRA merged into the weights, that `SentenceTransformer(folder)` encodes with
+    as we do: `encode(texts, prompt_name="query")`. Its tokenizer appends the EOS itself. Ends the retriever's LoRA."""
+    if retriever.tokenizer is None:
+        raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which --export needs")
+    folder, ours = Path(folder), retriever.tokenizer
+    if retriever.llama.lora:
+        merge_lora(retriever.llama)
+    save_model(retriever.llama, folder)
+    tokenizer, eos = tokenizers.Tokenizer.from_str(ours.tokenizer.to_str()), ours.tokenizer.id_to_token(ours.eos_id)
+    append = tokenizers.processors.TemplateProcessing(single=["$A", eos], pair=["$A", "$B", eos], special_tokens=[(eos, ours.eos_id)])
+    before = [tokenizer.post_processor] if tokenizer.post_processor else []
+    tokenizer.post_processor = tokenizers.processors.Sequence([*before, append])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    pooling = {"word_embedding_dimension": retriever.llama.config.hidden_size, "pooling_mode_lasttoken": True,
+               "pooling_mode_mean_tokens": False, "include_prompt": True}  # fmt: skip
+    steps = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    for name, content in {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos,
+                                  "padding_side": "right", "model_max_length": max_len, "clean_up_tokenization_spaces": False},
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                         for i, (kind, path) in enumerate(steps)],
+        "1_Pooling/config.json": pooling,
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    write_encoding(folder, max_len)
+
+
+class MtebEncoder:
+    """A Retriever as mteb 2.x calls it (its EncoderProtocol)."""
+
+    def __init__(self, retriever, name, **options):
+        self.retriever, self.name, self.options = retriever, name, options
+
+    def encode(self, inputs, *, prompt_type=None, **_):
+        """inputs: batches {"text": [...]} -> float32 array [N, D]. What is not called a query is a passage."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.retriever.encode(texts, "query" if prompt_type == "query" else "passage", **self.options).numpy()
+
+    def similarity(self, a, b):
+        return torch.as_tensor(a) @ torch.as_tensor(b).T
+
+    def similarity_pairwise(self, a, b):
+        return (torch.as_tensor(a) * torch.as_tensor(b)).sum(-1)
+
+    @property
+    def mteb_model_meta(self):
+        from mteb.models import ModelMeta
+
+        return ModelMeta.create_empty({"name": f"revela/{self.name}", "revision": "local", "similarity_fn_name": "cosine"})
+
+
+def mteb_results(encoder, tasks):
+    """Evaluate by mteb, which fetches the tasks' data: a list of results as `main` makes them, without per-query values."""
+    try:
+        import mteb
+    except ImportError:
+        raise ValueError("--mteb needs the package mteb: pip install 'mteb>=2'") from None
+    results = []
+    for task in mteb.evaluate(encoder, mteb.get_tasks(tasks=tasks), cache=None).task_results:
+        scores = next(iter(task.scores.values()))[0]  # of the task's one split
+        names = {"ndcg@10": "ndcg_at_10", "mrr@10": "mrr_at_10", "recall@100": "recall_at_100"}
+        results.append({"data": task.task_name, "system": "dense"} | {k: scores[v] for k, v in names.items()} | {"per_query": {}})
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -147,38 +234,44 @@ def main(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--data", nargs="+", required=True, help="folders in BEIR layout")
+    add("--data", nargs="+", default=[], help="folders in BEIR layout")
     add("--split", default="test", help="which qrels/SPLIT.tsv")
-    add("--model", help="base model: a folder in Hugging Face layout")
+    add("--model", help="base model: a folder in Hugging Face layout, or a hub id org/name[@revision]")
     add("--adapter", help="LoRA adapter of the retriever: a PEFT folder")
     add("--bm25", action="store_true", help="evaluate BM25; with --model too, the sum of both as well")
+    add("--mteb", nargs="+", default=[], metavar="TASK", help="tasks for mteb to evaluate, which must be installed")
+    add("--export", metavar="FOLDER", help="write the model, adapter merged, for transformers and sentence-transformers")
     add("--out", help="JSON file to write; must not exist")
-    add("--max_len", type=int, default=512, help="tokens of a text that are read, EOS included")
+    add("--max_len", type=int, help="tokens of a text that are read, EOS included (default: as the adapter or model says, else 512)")
     add("--top_k", type=int, default=1000, help="documents retrieved for each query")
     add("--batch_tokens", type=int, default=16384, help="tokens in a batch when encoding")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of weights and arithmetic")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
     args = parser.parse_args(argv)
-    if not (args.model or args.bm25):
-        raise ValueError("nothing to evaluate: give --model, --bm25 or both")
+    if not (args.data and (args.model or args.bm25) or args.model and (args.mteb or args.export)):
+        raise ValueError("nothing to do: give --data with --model, --bm25 or both; or --model with --mteb or --export")
     if args.adapter and not args.model:
         raise ValueError("--adapter needs the --model it belongs to")
-    if args.out and Path(args.out).exists():
-        raise ValueError(f"{args.out} exists already; remove it or choose another --out")
+    for path in (args.out, args.export):
+        if path and Path(path).exists():
+            raise ValueError(f"{path} exists already; remove it or choose another name")
 
     tune_allocator()
     retriever = None
     if args.model:
         retriever = Retriever.from_pretrained(args.model, args.adapter, getattr(torch, args.dtype), args.device)
+        args.max_len = args.max_len or read_max_len(args.adapter or args.model)
+    options = {"max_len": args.max_len, "batch_tokens": args.batch_tokens, "progress": sys.stderr.isatty()}
     results = []
-    print(f"{'data':<16} {'system':<7} {'nDCG@10':>8} {'MRR@10':>8} {'R@100':>8} {'queries':>8} {'documents':>10} {'s':>6}")
+    numbers = lambda result: " ".join(f"{result[name]:8.4f}" for name in ("ndcg@10", "mrr@10", "recall@100"))
+    if args.data:
+        print(f"{'data':<16} {'system':<7} {'nDCG@10':>8} {'MRR@10':>8} {'R@100':>8} {'queries':>8} {'documents':>10} {'s':>6}")
     for folder in args.data:
         corpus, queries, qrels = read_beir(folder, args.split)
         runs = {}
         for system in ("dense", "bm25", "fused"):
             began = time.time()
             if system == "dense" and retriever:
-                options = {"max_len": args.max_len, "batch_tokens": args.batch_tokens, "progress": sys.stderr.isatty()}
                 runs[system] = dense_run(retriever, corpus, queries, args.top_k, **options)
             elif system == "bm25" and args.bm25:
                 runs[system] = bm25_run(corpus, queries, args.top_k)
@@ -188,8 +281,14 @@ def main(argv=None):
                 continue
             result = {"data": Path(folder).resolve().name, "system": system} | measure(runs[system], qrels)
             results.append(result)
-            numbers = " ".join(f"{result[name]:8.4f}" for name in ("ndcg@10", "mrr@10", "recall@100"))
-            print(f"{result['data']:<16} {system:<7} {numbers} {len(queries):8} {len(corpus):10} {time.time() - began:6.1f}")
+            size = f"{len(queries):8} {len(corpus):10} {time.time() - began:6.1f}"
+            print(f"{result['data']:<16} {system:<7} {numbers(result)} {size}")
+    for result in mteb_results(MtebEncoder(retriever, Path(args.adapter or args.model).name, **options), args.mteb) if args.mteb else []:
+        results.append(result)
+        print(f"{result['data']:<16} {'dense':<7} {numbers(result)}")
+    if args.export:
+        export(retriever, args.export, args.max_len)
+        print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
     if args.out:
         Path(args.out).write_text(json.dumps({"config": vars(args), "results": results}, indent=1) + "\n")
 

@@ -17,6 +17,7 @@ Shapes, here and in the other files:
 import ctypes
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +72,7 @@ class LlamaConfig:
     @classmethod
     def from_pretrained(cls, path):
         """Read `path`/config.json. Raises ValueError that names the field if it asks for what is not implemented."""
-        file = Path(path) / "config.json"
+        file = find(path) / "config.json"
         raw = read_json(file)
         for field, allowed in {
             "model_type": ("llama", "qwen2"),
@@ -195,7 +196,11 @@ class Linear(nn.Linear):
         apart, merged = N * r * (d_in + out), d_in * out * r
         if self.dropout.p and self.training or (1 + 2 * learning) * apart < (1 + 2 * learning) * merged + learning * N * d_in * out:
             return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
-        return F.linear(x, self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight), self.bias)
+        return F.linear(x, self.merged(), self.bias)
+
+    def merged(self):
+        """W + scale B A [out, in]."""
+        return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
 def rope(config, T, device):
@@ -394,6 +399,16 @@ def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS):
             layer.dropout, layer.scale = nn.Dropout(dropout), alpha / r
 
 
+@torch.no_grad()
+def merge_lora(llama):
+    """Make the LoRA matrices part of the weights: the same function without them."""
+    for layer in llama.modules():
+        if isinstance(layer, Linear) and layer.lora_A is not None:
+            layer.weight = nn.Parameter(layer.merged().to(layer.weight.dtype))
+            layer.lora_A = layer.lora_B = layer.dropout = None
+    llama.lora = None
+
+
 def save_adapter(llama, folder):
     """Write the LoRA matrices as a folder that `peft` loads, for the base model or, with a head, for the causal LM."""
     prefix = "base_model.model.model." if llama.has_head else "base_model.model."
@@ -406,7 +421,8 @@ def save_adapter(llama, folder):
 def load_adapter(llama, folder):
     """Add the LoRA matrices of a `peft` folder to `llama`. Keys may carry the extra level of a model with a head, and
     an adapter name (".default"). Raises ValueError for what a plain LoRA does not have."""
-    file = Path(folder) / "adapter_config.json"
+    folder = find(folder)
+    file = folder / "adapter_config.json"
     config = read_json(file)
     plain = {
         "peft_type": ("LORA",),
@@ -431,7 +447,7 @@ def load_adapter(llama, folder):
     if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
         alpha = alpha * math.sqrt(r)
     tensors = {}
-    for name, tensor in read_safetensors(Path(folder) / "adapter_model.safetensors").items():
+    for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
         name = name.removeprefix("base_model.model.").removeprefix("model.").replace(".default.", ".")
         tensors[name] = tensor.to(llama.embed_tokens.weight.device, torch.float32)
     add_lora(llama, r, alpha, config.get("lora_dropout", 0.0), targets)
@@ -440,6 +456,31 @@ def load_adapter(llama, folder):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files
+
+
+# All that is ever read of a folder; nothing else is fetched from the hub.
+FILES = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+         "tokenizer_config.json", "adapter_config.json", "adapter_model.safetensors")  # fmt: skip
+
+
+def find(name):
+    """The local folder of `name`: a folder, or a model of the Hugging Face hub, "org/name" or "org/name@revision".
+
+    What is fetched goes to the hub's usual cache and is not fetched again; HF_HUB_OFFLINE and HF_ENDPOINT are respected.
+    Raises ValueError that says how to fetch by hand.
+    """
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download  # here, since it is slow to import
+
+    repo, _, revision = str(name).partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no folder here, and it could not be had from the Hugging Face hub ({str(error).splitlines()[0]}); to "
+            f"fetch it by hand: `hf download {repo} --local-dir FOLDER` where there is a network, then give FOLDER"
+        ) from None
 
 
 def read_json(file):
@@ -467,7 +508,7 @@ def read_safetensors(file):
 
 def read_tensors(folder):
     """{name: tensor} of a checkpoint: model.safetensors, or the shards that model.safetensors.index.json lists."""
-    folder = Path(folder)
+    folder = find(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return read_safetensors(folder / "model.safetensors")

@@ -18,7 +18,6 @@ Shapes:   G groups   B passages of a group   N = G*B   T tokens   D hidden_size 
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Tokenizer, pad
-from model import Llama, load_adapter
+from model import Llama, find, load_adapter
 
 
 # A passage whose weight is at most this is not computed: what a row of 16 can lose changes neither the loss nor its
@@ -43,12 +42,12 @@ class Retriever(nn.Module):
 
     @classmethod
     def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
-        """A Hugging Face checkpoint folder, and optionally a PEFT adapter folder on top of it. The tokenizer is read
-        where there is one; only `encode` needs it."""
+        """A Hugging Face checkpoint, and optionally a PEFT adapter on top of it: folders or hub ids. The tokenizer is
+        read where there is one; only `encode` needs it."""
         llama = Llama.from_pretrained(base, dtype, device, head=False)
         if adapter:
             load_adapter(llama, adapter)
-        return cls(llama, Tokenizer(base) if (Path(base) / "tokenizer.json").exists() else None)
+        return cls(llama, Tokenizer(base) if (find(base) / "tokenizer.json").exists() else None)
 
     def forward(self, ids, mask):
         """ids, mask [..., T] (right padded) -> unit vectors [..., D] float32: the hidden state at the last real token."""

@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Groups, Tokenizer, collate, group_order, read_beir, write_toy_world
-from eval import dense_run, measure, show
-from model import LORA_TARGETS, Llama, add_lora, load_adapter, read_json, save_adapter, save_model, tune_allocator
+from eval import dense_run, measure, show, write_encoding
+from model import LORA_TARGETS, Llama, add_lora, find, load_adapter, read_json, save_adapter, save_model, tune_allocator
 from revela import Retriever, Revela
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,9 +56,12 @@ def parse_args(argv=None):
         + ", ".join(f"{k} {v}" for k, v in TOY.items()),
     )  # fmt: skip
     add = parser.add_argument_group("data and models").add_argument
-    add("--data", help="JSON lines of groups, each a list of passages; made by data.py. None: the toy world")
-    add("--model", help="base model of the retriever: a folder in Hugging Face layout")
+    add("--data", help="JSON lines of groups, each a list of passages, gzipped or not; made by data.py. None: the toy world")
+    add("--model", help="base model of the retriever: a folder in Hugging Face layout, or a hub id org/name[@revision]")
     add("--lm", help="base model of the language model (default: --model)")
+    add("--retriever_adapter", help="start the retriever from this LoRA adapter (its rank, alpha and layers count)")
+    add("--lm_adapter", help="start the language model from this LoRA adapter")
+    add("--freeze_lm", action="store_true", help="train the retriever alone")
     add("--out", default="runs/revela", help="run folder to write; must not hold a run, unless it is resumed")
     add("--resume", help="'latest', or a folder under checkpoints/: go on from there")
     add = parser.add_argument_group("method").add_argument
@@ -104,6 +107,8 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     elif not args.model:
         raise ValueError("--data needs --model: the base model to train")
+    if (args.retriever_adapter or args.lm_adapter) and not args.lora_r:
+        raise ValueError("--lora_r 0 trains all weights: an adapter to start from must be merged first (eval.py --export)")
     return args
 
 
@@ -128,7 +133,8 @@ def build_models(args, dtype, device, start):
     same = args.lm in (None, args.model)
     lm_base = args.model if same else args.lm
     if args.lora_r == 0:
-        lm = Llama.from_pretrained(start / "lm" if start else lm_base, torch.float32, device)
+        lm = Llama.from_pretrained(start / "lm" if start and not args.freeze_lm else lm_base, torch.float32, device)
+        lm.requires_grad_(not args.freeze_lm)
         retriever = Llama.from_pretrained(start / "retriever" if start else args.model, torch.float32, device, head=False)
         return Retriever(retriever, Tokenizer(args.model)), lm
     lm = Llama.from_pretrained(lm_base, dtype, device)
@@ -139,24 +145,33 @@ def build_models(args, dtype, device, start):
         retriever.path = lm.path
     else:
         retriever = Llama.from_pretrained(args.model, dtype, device, head=False)
-    for llama, name in ((retriever, "retriever"), (lm, "lm")):
-        if start:
-            load_adapter(llama, start / name)
-        else:
+    for llama, name, adapter in ((retriever, "retriever", args.retriever_adapter), (lm, "lm", args.lm_adapter)):
+        learns = llama is retriever or not args.freeze_lm
+        if start and learns:
+            adapter = start / name
+        if adapter:
+            load_adapter(llama, adapter)
+        elif learns:
             add_lora(llama, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules.split(","))
+        if not learns:
+            llama.requires_grad_(False)
     return Retriever(retriever, Tokenizer(args.model)), lm
 
 
 def save_models(revela, folder, args):
-    """Write {folder}/retriever and {folder}/lm: adapters, or whole checkpoints with their tokenizers."""
+    """Write {folder}/retriever and, unless it is frozen, {folder}/lm: adapters, or whole checkpoints with tokenizers."""
     for llama, name, base in ((revela.retriever.llama, "retriever", args.model), (revela.lm, "lm", args.lm or args.model)):
+        if name == "lm" and args.freeze_lm:
+            continue
         if llama.lora:
             save_adapter(llama, folder / name)
         else:
             save_model(llama, folder / name)
             for file in ("tokenizer.json", "tokenizer_config.json"):
-                if (Path(base) / file).exists():
-                    shutil.copyfile(Path(base) / file, folder / name / file)
+                if (find(base) / file).exists():
+                    shutil.copyfile(find(base) / file, folder / name / file)
+        if name == "retriever":
+            write_encoding(folder / name)
 
 
 def learning_rate(step, args, total):
@@ -243,7 +258,7 @@ def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, wor
             stats[name] = stats.get(name, 0) + value * share
     norm = {}
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
-        norm[name] = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        norm[name] = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).to(device)
         stats[f"grad_norm_{name}"] = norm[name] / world
     total_norm = torch.linalg.vector_norm(torch.stack(list(norm.values())))
     torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, total_norm)
@@ -301,7 +316,9 @@ def main(argv=None):
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # -- data
-    groups = Groups(args.data, args.train_group_size)
+    groups = Groups(args.data, args.train_group_size) if rank == 0 else None
+    barrier()  # the first process unpacks a gzipped file for all
+    groups = groups or Groups(args.data, args.train_group_size)
     collections = {Path(folder).resolve().name: read_beir(folder) for folder in args.eval_data or []}
     accumulation = args.gradient_accumulation_steps or max(1, 32 // (world * args.groups_per_device))
     per_update = world * accumulation * args.groups_per_device
@@ -385,7 +402,7 @@ def main(argv=None):
 
     if rank == 0:
         save_models(revela, out, args)
-        say(f"saved {out}/retriever and {out}/lm")
+        say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
     barrier()  # a process that leaves while another still works would end the job for both
     if world > 1:
         dist.destroy_process_group()
@@ -396,3 +413,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(0)  # DDP leaves gloo's threads behind; one that wakes while Python shuts down would abort the process

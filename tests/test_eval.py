@@ -3,14 +3,18 @@
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
-from conftest import command, make_model
+from conftest import TEXTS, command, make_model
 from test_data import write_beir
 
-from eval import bm25_run, dense_run, fuse, measure, mrr, ndcg, recall, search
+from eval import MtebEncoder, bm25_run, dense_run, fuse, measure, mrr, mteb_results, ndcg, read_max_len, recall, search
+from model import Llama, add_lora, save_adapter
 from revela import Retriever
 
 STORED = json.loads((Path(__file__).parent / "trec_eval.json").read_text())  # made with pytrec_eval 0.5.11
@@ -91,10 +95,54 @@ def test_the_command_prints_a_table_and_writes_results(tmp_path):
     assert "exists already" in command(*args, code=1)[1] and out.read_bytes() == before
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# to others
+
+
+def test_an_export_is_the_same_retriever_and_its_tokenizer_ends_texts_itself(tiny, tmp_path):
+    llama = Llama.from_pretrained(tiny, head=False)
+    add_lora(llama, 3, 6)
+    for name, p in llama.named_parameters():
+        torch.nn.init.normal_(p, std=0.3) if "lora_B" in name else None
+    save_adapter(llama, tmp_path / "adapter")
+    texts = [*TEXTS, "", "x" * 300]
+    truth = Retriever.from_pretrained(tiny, tmp_path / "adapter").encode(texts, "query", max_len=64)
+    command("eval.py", "--model", tiny, "--adapter", tmp_path / "adapter", "--export", tmp_path / "out", "--max_len", 64, "--device", "cpu")
+    assert read_max_len(tmp_path / "out") == 64
+    config = json.loads((tmp_path / "out/config_sentence_transformers.json").read_text())
+    assert config["prompts"] == {"query": "query: ", "passage": "passage: "}
+    # as sentence-transformers goes on: prefix, the tokenizer's own EOS, last hidden state, unit length
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    tokenizer.enable_truncation(64)
+    merged = Llama.from_pretrained(tmp_path / "out", head=False)
+    for text, vector in zip(texts, truth):
+        hidden = merged(torch.tensor([tokenizer.encode("query: " + text).ids]))[0, -1]
+        torch.testing.assert_close(torch.nn.functional.normalize(hidden, dim=0), vector, rtol=0, atol=1e-5)
+
+
+def test_mteb_calls_encode_with_batches_and_a_kind(tiny):
+    retriever = Retriever.from_pretrained(tiny)
+    encoder = MtebEncoder(retriever, "tiny", max_len=64)
+    batches = [{"text": TEXTS[:3], "title": ["", "", ""]}, {"text": TEXTS[3:5]}]
+    common = dict(task_metadata=None, hf_split="test", hf_subset="default", batch_size=32, show_progress_bar=False)
+    for prompt_type, kind in (("query", "query"), ("document", "passage"), (None, "passage")):
+        got = encoder.encode(iter(batches), prompt_type=prompt_type, **common)
+        assert got.dtype == np.float32 and np.array_equal(got, retriever.encode(TEXTS[:5], kind, max_len=64).numpy())
+    a, b = got[:2], got[2:4]
+    assert np.allclose(encoder.similarity(a, b), a @ b.T) and np.allclose(encoder.similarity_pairwise(a, b), (a * b).sum(1))
+
+
+def test_without_mteb_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(ValueError, match="pip install 'mteb>=2'"):
+        mteb_results(None, ["SciFact"])
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--data", "x"], "nothing to evaluate"),
+        (["--data", "x"], "nothing to do: give --data with --model"),
+        (["--model", "x"], "nothing to do: give --data with --model"),
         (["--data", "x", "--bm25", "--adapter", "y"], "--adapter needs the --model"),
         (["--data", "nowhere", "--bm25"], "nowhere/corpus.jsonl"),
         (["--data", "x", "--bm"], "unrecognized arguments: --bm"),

@@ -137,6 +137,24 @@ def test_golden(family, case, attention):
 # the decoder
 
 
+@pytest.mark.parametrize("family", ["Llama-2", "Llama-3.2", "Qwen2.5", "SmolLM2", "TinyLlama"])
+def test_every_family_computes_what_transformers_does(family, attention):
+    """Stored by interop.py: tiny random models as transformers writes them, hidden states, logits."""
+    llama, truth = Llama.from_pretrained(GOLDEN / "families" / family), load_file(GOLDEN / "families" / family / "truth.safetensors")
+    hidden = llama(truth["ids"])
+    for ours, theirs in ((hidden, truth["hidden"]), (llama.logits(hidden), truth["logits"])):
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("file, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+def test_any_file_is_read_in_any_dtype(tiny, file, dtype):
+    tensors = {name: t.to(file) for name, t in load_file(tiny / "model.safetensors").items()}
+    save_file(tensors, tiny / "model.safetensors")
+    llama = Llama.from_pretrained(tiny, dtype)
+    assert torch.equal(llama.norm.weight, tensors["model.norm.weight"].to(dtype))
+    assert {p.dtype for p in llama.parameters()} == {dtype}
+
+
 def test_padding_on_the_right_changes_no_row_and_on_the_left_is_refused(tiny):
     llama = Llama.from_pretrained(tiny)
     ids = torch.randint(1, 300, (2, 7))

@@ -1,6 +1,10 @@
 """train.py: the schedule, accumulation and processes, resuming, the files of a run, the toy world, and bad commands."""
 
+import gzip
 import json
+import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -117,6 +121,46 @@ def test_two_models_with_two_tokenizers(tmp_path):
     assert {t.shape[1] for k, t in weights(tmp_path / "run").items() if "q_proj.lora_A" in k} == {32, 16}
 
 
+@pytest.mark.parametrize("more", [[], ["--lora_r", 0]], ids=["lora", "full"])
+def test_a_frozen_lm_is_not_touched_and_the_retriever_learns(tmp_path, more):
+    train.main(arguments(tmp_path, "run", "--freeze_lm", *more, "--save_steps", 3))
+    assert not (tmp_path / "run/lm").exists() and {m["grad_norm_lm"] for m in metrics(tmp_path / "run")} == {0.0}
+    file = tmp_path / "run/retriever" / ("model.safetensors" if more else "adapter_model.safetensors")
+    truth = load_file(file)
+    assert more or any(t.abs().max() > 1e-3 for name, t in truth.items() if "lora_B" in name)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000005")
+    (tmp_path / "run/checkpoints/latest").write_text("step_000003\n")
+    train.main(arguments(tmp_path, "run", "--freeze_lm", *more, "--save_steps", 3, "--resume", "latest"))
+    assert all(torch.equal(truth[name], t) for name, t in load_file(file).items())
+
+
+def test_training_starts_from_given_adapters(tmp_path):
+    train.main(arguments(tmp_path, "a"))
+    more = ["--retriever_adapter", tmp_path / "a/retriever", "--lm_adapter", tmp_path / "a/lm", "--lora_r", 9]
+    train.main(arguments(tmp_path, "b", *more, "--learning_rate", 0))
+    for name, w in weights(tmp_path / "a").items():
+        assert torch.equal(w, weights(tmp_path / "b")[name])
+    train.main(arguments(tmp_path, "c", *more[:2]))
+    lm = lambda run: weights(tmp_path / run)["lm base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    assert not torch.equal(lm("c"), lm("a"))  # the lm started anew
+    with pytest.raises(ValueError, match="must be merged first"):
+        train.main(arguments(tmp_path, "d", *more[:4], "--lora_r", 0))
+
+
+def test_gzipped_groups_train_as_plain_ones(tmp_path):
+    train.main(arguments(tmp_path, "plain"))
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "groups.jsonl").read_bytes()))
+    command("train.py", *arguments(tmp_path, "packed", "--data", packed), processes=2, code=0)
+    train.main(arguments(tmp_path, "again", "--data", packed))
+    assert all(torch.equal(w, weights(tmp_path / "again")[name]) for name, w in weights(tmp_path / "plain").items())
+    packed.write_bytes(packed.read_bytes()[:-20])
+    os.utime(packed, (2e9, 2e9))  # newer than what was unpacked
+    with pytest.raises(ValueError, match="packed.jsonl.gz cannot be unpacked"):
+        train.main(arguments(tmp_path, "cut", "--data", packed))
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_bfloat16_keeps_trained_weights_in_float32_and_stays_near(tmp_path):
     train.main(arguments(tmp_path, "wide"))
     train.main(arguments(tmp_path, "narrow", "--dtype", "bfloat16"))
@@ -150,6 +194,27 @@ def test_the_toy_world_is_learned_and_only_through_in_batch_attention(tmp_path, 
     train.main(["--no_inbatch", "--max_steps", "3", "--out", "control", "--device", "cpu"])
     values = [m["ndcg@10"] for m in metrics(Path("control")) if "ndcg@10" in m]
     assert values[-1] == values[0]  # the retriever gets no gradient at all
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the published command
+
+
+def test_the_published_command_has_a_translation_that_parses(monkeypatch):
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    block = next(b for b in re.findall(r"```\n(.*?)```", readme, re.S) if "--attn_temperature 1e-4" in b)
+    words = shlex.split(block.replace("\\\n", " "))
+    args = train.parse_args(words[words.index("train.py") + 1 :])
+    published = dict(lora_r=256, attn_temperature=1e-4, inbatch_scale=1.0, no_v_norm=False, first_half=True, train_group_size=16,
+                     learning_rate=1e-4, passage_max_len=157, warmup_steps=100, dtype="bfloat16", lora_dropout=0.1, lora_alpha=64)  # fmt: skip
+    assert {name: getattr(args, name) for name in published} == published
+    rows = dict(re.findall(r"^\| `(--\w+)`.*? \| (.*?) \|", readme, re.M))
+    theirs = """lora_r lora_target_modules bm25_retrieval_file add_passage_prefix add_query_prefix first_half pooling append_eos_token
+        normalize temperature attn_temperature per_device_train_batch_size train_group_size learning_rate passage_max_len
+        gradient_accumulation_steps warmup_steps resume top_k save_steps deepspeed"""
+    assert {f"--{name}" for name in theirs.split()} <= rows.keys()
+    for flag in re.findall(r"`(--\w+)", " ".join(rows.values())):
+        assert hasattr(args, flag.removeprefix("--")), flag
 
 
 # ----------------------------------------------------------------------------------------------------------------------
