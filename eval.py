@@ -97,10 +97,10 @@ def search(queries, passages, k, chunk=65536):
     return scores, indices
 
 
-def dense_run(retriever, corpus, queries, k=1000, **encode):
-    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result."""
+def dense_run(retriever, corpus, queries, k=1000, out=None, **encode):
+    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result. `out`: see `encode`."""
     docids = list(corpus)
-    passages = retriever.encode(list(corpus.values()), "passage", **encode)  # [P, D]
+    passages = retriever.encode(list(corpus.values()), "passage", out=out, **encode)  # [P, D]
     vectors = retriever.encode(list(queries.values()), "query", **encode)  # [Q, D]
     scores, indices = search(vectors, passages, k + 1)
     run = {}
@@ -242,6 +242,7 @@ def main(argv=None):
     add("--mteb", nargs="+", default=[], metavar="TASK", help="tasks for mteb to evaluate, which must be installed")
     add("--export", metavar="FOLDER", help="write the model, adapter merged, for transformers and sentence-transformers")
     add("--out", help="JSON file to write; must not exist")
+    add("--vectors", metavar="FOLDER", help="keep the passages' vectors in FOLDER/DATA.npy, and only a part of them in memory")
     add("--max_len", type=int, help="tokens of a text that are read, EOS included (default: as the adapter or model says, else 512)")
     add("--top_k", type=int, default=1000, help="documents retrieved for each query")
     add("--batch_tokens", type=int, default=16384, help="tokens in a batch when encoding")
@@ -256,6 +257,8 @@ def main(argv=None):
         if path and Path(path).exists():
             raise ValueError(f"{path} exists already; remove it or choose another name")
 
+    if args.vectors:
+        Path(args.vectors).mkdir(parents=True, exist_ok=True)
     tune_allocator()
     retriever = None
     if args.model:
@@ -272,7 +275,8 @@ def main(argv=None):
         for system in ("dense", "bm25", "fused"):
             began = time.time()
             if system == "dense" and retriever:
-                runs[system] = dense_run(retriever, corpus, queries, args.top_k, **options)
+                vectors = Path(args.vectors, f"{Path(folder).resolve().name}.npy") if args.vectors else None
+                runs[system] = dense_run(retriever, corpus, queries, args.top_k, vectors, **options)
             elif system == "bm25" and args.bm25:
                 runs[system] = bm25_run(corpus, queries, args.top_k)
             elif system == "fused" and len(runs) == 2:

@@ -17,8 +17,11 @@ language model needs the right passages in view; the next-token loss therefore t
 Shapes:   G groups   B passages of a group   N = G*B   T tokens   D hidden_size   V vocabulary
 """
 
+import os
 from contextlib import nullcontext
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,29 +60,38 @@ class Retriever(nn.Module):
         return F.normalize(hidden.float(), dim=-1).view(*ids.shape[:-1], -1)
 
     @torch.no_grad()
-    def encode(self, texts, kind="passage", max_len=512, batch_tokens=16384, progress=False):
+    def encode(self, texts, kind="passage", max_len=512, batch_tokens=16384, progress=False, out=None, chunk=2**16):
         """Texts -> unit vectors, float32 [N, D] on the CPU, in the order of `texts`.
 
         kind: "query" or "passage" (they have different prefixes). Texts are read up to `max_len` tokens, EOS included;
-        they run sorted by length, in batches of at most `batch_tokens` tokens (at least one text). Dropout is off.
+        `chunk` texts at a time are tokenized and run sorted by length, in batches of at most `batch_tokens` tokens (at least
+        one text). Dropout is off. With `out`, a file name, the vectors are written to that .npy file, which must not exist,
+        and what comes back is memory-mapped from it: memory holds one chunk, however many texts there are.
         """
         if self.tokenizer is None:
             raise ValueError(f"{self.llama.path} has no tokenizer.json, which encode needs")
-        weight, was_training = self.llama.embed_tokens.weight, self.training
-        rows = self.tokenizer.retriever_ids(texts, kind, max_len)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first: memory is claimed at once
-        vectors, start = torch.empty(len(rows), self.llama.config.hidden_size), 0
-        bar = tqdm(total=sum(map(len, rows)), desc=f"{len(rows):,} {kind} texts", unit=" tokens", disable=not progress)
+        weight, was_training, shape = self.llama.embed_tokens.weight, self.training, (len(texts), self.llama.config.hidden_size)
+        if out is not None and Path(out).exists():
+            raise ValueError(f"{out} exists already; remove it or choose another name")
+        vectors = torch.empty(shape)
+        if out is not None:
+            vectors = torch.from_numpy(np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape))
+        bar = tqdm(total=sum(map(len, texts)), desc=f"{len(texts):,} {kind} texts", unit=" characters", disable=not progress)
         precision = torch.autocast(weight.device.type, weight.dtype) if weight.dtype.itemsize < 4 else nullcontext()
         self.eval()
         with bar, precision:
-            while start < len(rows):
-                batch = order[start : start + max(1, batch_tokens // len(rows[order[start]]))]
-                ids, mask = pad([rows[i] for i in batch], self.tokenizer.eos_id)
-                vectors[batch] = self(ids.to(weight.device), mask.to(weight.device)).cpu()
-                start += len(batch)
-                bar.update(sum(len(rows[i]) for i in batch))
+            for first in range(0, len(texts), chunk):
+                rows = self.tokenizer.retriever_ids(texts[first : first + chunk], kind, max_len)
+                order, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), 0  # the longest first: memory is claimed at once
+                while start < len(rows):
+                    batch = order[start : start + max(1, batch_tokens // len(rows[order[start]]))]
+                    ids, mask = pad([rows[i] for i in batch], self.tokenizer.eos_id)
+                    vectors[[first + i for i in batch]] = self(ids.to(weight.device), mask.to(weight.device)).cpu()
+                    start += len(batch)
+                    bar.update(sum(len(texts[first + i]) for i in batch))
         self.train(was_training)
+        if out is not None:
+            os.replace(f"{out}.partial", out)
         return vectors
 
 

@@ -1,6 +1,7 @@
 """The objective against the naive loops of naive.py: weights, losses, and the gradient of every LoRA matrix."""
 
 import naive
+import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, make_model
@@ -144,6 +145,11 @@ def test_encode_is_the_same_alone_and_in_any_batch(tmp_path):
     together = retriever.encode(texts, "passage", max_len=64, batch_tokens=200)
     assert together.dtype == torch.float32 and together.shape == (len(texts), 32)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)))
+    mapped = retriever.encode(texts, "passage", max_len=64, out=tmp_path / "v.npy", chunk=7)
+    torch.testing.assert_close(mapped, together, atol=1e-6, rtol=1e-5)
+    assert np.array_equal(np.load(tmp_path / "v.npy"), mapped.numpy())
+    with pytest.raises(ValueError, match="v.npy exists already"):
+        retriever.encode(texts, out=tmp_path / "v.npy")
     for i in (0, 5, len(texts) - 2, len(texts) - 1):
         torch.testing.assert_close(retriever.encode([texts[i]], "passage", max_len=64)[0], together[i], atol=1e-6, rtol=1e-5)
     assert (together - retriever.encode(texts, "query", max_len=64)).abs().max() > 0.01  # the prefix counts
