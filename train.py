@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -43,6 +44,8 @@ TOY = {
     "out": "runs/toy", "lora_r": 0, "attn_temperature": 0.05, "learning_rate": 2e-3, "warmup_steps": 50, "max_steps": 500,
     "groups_per_device": 2, "gradient_accumulation_steps": 1, "logging_steps": 25, "eval_every": 100, "save_steps": 250,
 }  # fmt: skip
+
+STOPPED = 75  # the exit code after SIGTERM or SIGINT: EX_TEMPFAIL of sysexits.h, "try again later"
 
 # Arguments that may change when a run is resumed: none of them changes what is computed.
 FREE = {"out", "resume", "device", "activation_checkpointing", "num_workers", "logging_steps", "eval_every", "eval_data", "save_steps"}
@@ -238,7 +241,8 @@ def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, wor
     """One step of the optimizer on the mean loss over all tokens of the `micro_batches` of all processes.
 
     `model` is a Revela, or the DDP around one. Returns {name: scalar tensor}: Revela's statistics, as this process's
-    addend to the mean over the update, and the gradient norms of both models before clipping.
+    addend to the mean over the update, and the gradient norms of both models before clipping. Raises FloatingPointError
+    before anything is changed if a gradient is not finite.
     """
     revela = model.module if world > 1 else model
     counts = [revela.targets(batch).sum() for batch in micro_batches]
@@ -261,6 +265,8 @@ def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, wor
         norm[name] = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).to(device)
         stats[f"grad_norm_{name}"] = norm[name] / world
     total_norm = torch.linalg.vector_norm(torch.stack(list(norm.values())))
+    if not total_norm.isfinite():  # on one process means on all of them, since gradients have met
+        raise FloatingPointError(f"loss {stats['loss'].item()}, norm of the gradients {total_norm.item()}")
     torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, total_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -365,15 +371,29 @@ def main(argv=None):
     # -- the loop
     if not start:
         evaluate(0)
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # finish the update, save, leave; at a second one leave at once
+        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     sums, since, clock = {}, first_step, time.perf_counter()
     for step in range(first_step + 1, total + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, args, total)
         micro_batches = [next(batches) for _ in range(accumulation)]
-        for name, value in update(model, micro_batches, optimizer, args.max_grad_norm, autocast, device, world).items():
+        try:
+            stats = update(model, micro_batches, optimizer, args.max_grad_norm, autocast, device, world)
+        except FloatingPointError as error:
+            read = list(group_order(len(groups), args.seed, step - 1, step, rank, world, accumulation, args.groups_per_device))
+            raise ValueError(
+                f"update {step}, process {rank}: not finite: {error}. Its groups (of {args.data}, from 0): {read}. Nothing was "
+                "updated, and the last checkpoint is intact. Try a smaller --learning_rate, or --dtype float32"
+            ) from None
+        for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value
+        stop = torch.tensor(float(len(signals)), device=device)
+        if world > 1:
+            dist.all_reduce(stop)  # all processes stop after the same update
 
-        if step % args.logging_steps == 0 or step == total:
+        if step % args.logging_steps == 0 or step == total or stop:
             values = torch.stack([value.to(device).float() for value in sums.values()])
             if world > 1:
                 dist.all_reduce(values)
@@ -391,11 +411,15 @@ def main(argv=None):
             sums, since, clock = {}, step, time.perf_counter()
 
         pause = time.perf_counter()
-        if step % args.save_steps == 0 or step == total:
+        if step % args.save_steps == 0 or step == total or stop:
             states = gather_rng_states(device, world)
             if rank == 0:
                 save_checkpoint(out / "checkpoints", step, revela, optimizer, args, states)
             barrier()
+        if stop and step < total:
+            say(f"stopped by a signal after update {step}, which is saved: go on with --resume latest --out {out}")
+            barrier()  # a process that leaves while another still works would end the job for both
+            return STOPPED
         if step == total or (args.eval_every and step % args.eval_every == 0):
             evaluate(step)
         clock += time.perf_counter() - pause
@@ -403,16 +427,14 @@ def main(argv=None):
     if rank == 0:
         save_models(revela, out, args)
         say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
-    barrier()  # a process that leaves while another still works would end the job for both
-    if world > 1:
-        dist.destroy_process_group()
+    barrier()
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        code = main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        os._exit(0)  # DDP leaves gloo's threads behind; one that wakes while Python shuts down would abort the process
+    sys.stdout.flush()
+    os._exit(code)  # DDP leaves gloo's threads behind; one that wakes while Python shuts down would abort the process

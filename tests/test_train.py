@@ -6,12 +6,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, command, make_model
-from safetensors.torch import load_file
+from conftest import ROOT, TEXTS, command, make_model
+from safetensors.torch import load_file, save_file
 
 import eval
 import train
@@ -99,6 +102,37 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, more):
     assert strip(lines) == strip(metrics(tmp_path / "a"))
     train.main(arguments(tmp_path, "a", *more, "--resume", "latest"))  # finished: nothing left to do, nothing lost
     assert strip(lines) == strip(metrics(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(tmp_path, processes):
+    args = lambda out: arguments(tmp_path, out, "--max_steps", 60, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.3)
+    command("train.py", *args("whole"), processes=processes)
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    command_line, env = [sys.executable, *start, str(ROOT / "train.py"), *args("cut")], {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command_line, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+        next(line for line in run.stdout if line.strip().startswith("3/60"))
+        run.send_signal(signal.SIGTERM)
+        rest = run.stdout.read()
+    assert run.returncode == (1 if processes else train.STOPPED)  # 1: torchrun's own
+    assert processes or "stopped by a signal after update" in rest
+    at = json.loads((tmp_path / "cut/checkpoints" / (tmp_path / "cut/checkpoints/latest").read_text().strip() / "meta.json").read_text())["step"]
+    assert 3 <= at < 60 and not (tmp_path / "cut/retriever").exists()
+    command("train.py", *args("cut"), "--resume", "latest", processes=processes)
+    assert all(torch.equal(w, weights(tmp_path / "cut")[name]) for name, w in weights(tmp_path / "whole").items())
+
+
+def test_what_is_not_finite_stops_before_the_update(tmp_path):
+    args = arguments(tmp_path, "run", "--max_steps", 5, "--save_steps", 1, "--learning_rate", 1e-3)
+    train.main(args)
+    interrupted(tmp_path / "run", 3)
+    adapter = tmp_path / "run/checkpoints/step_000003/lm/adapter_model.safetensors"
+    tensors = load_file(adapter)
+    tensors[next(name for name in tensors if "lora_B" in name)][0, 0] = float("nan")
+    save_file(tensors, adapter)
+    _, stderr = command("train.py", *args, "--resume", "latest", code=1)
+    assert "update 4, process 0: not finite" in stderr and "Its groups" in stderr and "--learning_rate" in stderr
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step_000001", "step_000002", "step_000003"]
 
 
 def test_evaluation_does_not_change_training(tmp_path):
