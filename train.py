@@ -97,7 +97,7 @@ def parse_args(argv=None):
         help="bfloat16: autocast, with frozen weights kept in bfloat16; trained weights stay float32")  # fmt: skip
     add("--activation_checkpointing", choices=("none", "selective", "full"), default="none",
         help="compute again in the backward pass instead of keeping: selective: all but matmuls; full: whole blocks")  # fmt: skip
-    add("--num_workers", type=int, default=0, help="processes that prepare batches; 0: the training process does")
+    add("--num_workers", type=int, help="processes that prepare batches; 0: the training process does (default: 2 for a GPU, else 0)")
     add("--logging_steps", type=int, default=10, help="updates between log lines")
     add("--save_steps", type=int, default=500, help="updates between checkpoints; the last one is always saved")
     add("--eval_every", type=int, default=0, help="updates between evaluations on --eval_data; 0: only before and after")
@@ -336,7 +336,7 @@ def main(argv=None):
             groups,
             batch_sampler=order,
             collate_fn=partial(collate, passage_max_len=args.passage_max_len, first_half=args.first_half, **tokenizers),
-            num_workers=args.num_workers,
+            num_workers=2 * (device.type == "cuda") if args.num_workers is None else args.num_workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # its own, so that the loader does not draw from the one behind dropout
         )

@@ -186,7 +186,7 @@ def test_gzipped_groups_train_as_plain_ones(tmp_path):
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress((tmp_path / "groups.jsonl").read_bytes()))
     command("train.py", *arguments(tmp_path, "packed", "--data", packed), processes=2, code=0)
-    train.main(arguments(tmp_path, "again", "--data", packed))
+    train.main(arguments(tmp_path, "again", "--data", packed, "--num_workers", 2))
     assert all(torch.equal(w, weights(tmp_path / "again")[name]) for name, w in weights(tmp_path / "plain").items())
     packed.write_bytes(packed.read_bytes()[:-20])
     os.utime(packed, (2e9, 2e9))  # newer than what was unpacked
