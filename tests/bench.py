@@ -130,16 +130,16 @@ def step_row(a, part, B, G):
         optimizer.zero_grad()
         torch.cuda.synchronize() if a.device == "cuda" else None
 
+    with FlopCounterMode(display=False) as flops:  # in the first step, which is not timed
+        step()
     times = []
-    for _ in range(a.steps + 1):  # the first one is not counted
+    for _ in range(a.steps):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
     memory = peak_memory(torch.device(a.device))
-    with FlopCounterMode(display=False) as flops:
-        step()
     tokens = sum(int(batch[name + "_mask"].sum()) for name in ("query", "passage", "lm"))
-    return {"times": times[1:], "memory": memory, "tokens": tokens, "flops": flops.get_total_flops()}
+    return {"times": times, "memory": memory, "tokens": tokens, "flops": flops.get_total_flops()}
 
 
 def matmul_peak(device, dtype, n=4096):
