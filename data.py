@@ -154,22 +154,45 @@ def unpacked(file):
     return plain
 
 
+def group_offsets(file, size):
+    """The byte at which each group of `file` starts, int64; every line is checked on the way, ValueError names file and line.
+
+    They are kept in {file}.index.npy, after three numbers by which a later call knows that they still hold: the file's length,
+    its time, and `size`. In a folder that cannot be written to they are just made again.
+    """
+    state, index = os.stat(file), Path(f"{file}.index.npy")
+    key, offsets, position = [state.st_size, state.st_mtime_ns, size], [], 0
+    try:
+        kept = np.load(index, mmap_mode="r", allow_pickle=False)
+        if kept[:3].tolist() == key:
+            return kept[3:]
+    except (OSError, ValueError, EOFError, IndexError):  # none there, or not one of ours
+        pass
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                parse_group(line, f"{file}:{number}", size)
+                offsets.append(position)
+            position += len(line)
+    if not offsets:
+        raise ValueError(f"{file} holds no groups")
+    partial = Path(f"{file}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as out:
+            np.save(out, np.array(key + offsets))
+        os.replace(partial, index)
+    except OSError:
+        partial.unlink(missing_ok=True)
+    return np.array(offsets)
+
+
 class Groups(torch.utils.data.Dataset):
-    """The groups of a JSON-lines file, read one at a time from their byte offsets: the file need not fit in memory."""
+    """The groups of a JSON-lines file, gzipped or not, read one at a time from their byte offsets: it need not fit in memory."""
 
     def __init__(self, file, size):
-        """Checks every line once; ValueError names file and line. `size`: passages of a group that are used."""
+        """`size`: passages of a group that are used. Raises ValueError that names file and line of what is no group."""
         self.file, self.size = str(unpacked(file) if str(file).endswith(".gz") else file), size
-        offsets, position = [], 0
-        with open(self.file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    parse_group(line, f"{file}:{number}", size)
-                    offsets.append(position)
-                position += len(line)
-        if not offsets:
-            raise ValueError(f"{file} holds no groups")
-        self.offsets = np.array(offsets)
+        self.offsets = group_offsets(self.file, size)
 
     def __len__(self):
         return len(self.offsets)

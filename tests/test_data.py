@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 from conftest import TEXTS, command
 
+import data
 from data import (
-    BM25, Groups, Tokenizer, collate, group_by_bm25, group_by_document, group_order, pad, read_beir, read_lines,
+    BM25, Groups, Tokenizer, collate, group_by_bm25, group_by_document, group_order, pad, parse_group, read_beir, read_lines,
     split_passages, write_toy_world,
 )  # fmt: skip
 
@@ -109,6 +110,27 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     (tmp_path / "g.jsonl").write_text('["a", "b"]\n' + line, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         Groups(tmp_path / "g.jsonl", 2)
+
+
+def test_the_index_is_kept_until_the_file_or_the_question_changes(tmp_path, monkeypatch):
+    file, read = tmp_path / "g.jsonl", lambda size=2: [groups[i][0] for groups in [Groups(file, size)] for i in range(len(groups))]
+    file.write_text('["a", "b", "c"]\n["d", "e", "f"]\n')
+    checked = []
+    monkeypatch.setattr(data, "parse_group", lambda *args: checked.append(args[1]) or parse_group(*args))
+    truth = [["a", "b"], ["d", "e"]]
+    assert read() == truth and sum(".jsonl:" in where and "byte" not in where for where in checked) == 2
+    checked.clear()
+    assert read() == truth and all("byte" in where for where in checked)
+    assert read(3) == [["a", "b", "c"], ["d", "e", "f"]]
+    file.write_text('["x", "y", "z"]\n["d", "e", "f"]\n["g", "h", "i"]\n')
+    assert read() == [["x", "y"], ["d", "e"], ["g", "h"]]
+    for garbage in (b"", b"\x93NUMPY\x01", b"x" * 500):
+        (tmp_path / "g.jsonl.index.npy").write_bytes(garbage)
+        assert read()[0] == ["x", "y"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.jsonl", "g.jsonl.index.npy"]
+    (tmp_path / "g.jsonl.index.npy").unlink()
+    monkeypatch.setattr(data.os, "replace", lambda *_: (tmp_path / "none").stat())  # fails, as in a read-only folder
+    assert read()[0] == ["x", "y"] and [p.name for p in tmp_path.iterdir()] == ["g.jsonl"]
 
 
 def test_no_groups_at_all_is_said(tmp_path):
