@@ -314,7 +314,7 @@ def main(argv=None):
         retriever.requires_grad_(False)  # nothing will reach it
     revela = Revela(retriever, lm, args.attn_temperature, not args.no_v_norm, scale, args.dual_loss)
     trained = [p for p in revela.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
     torch.manual_seed(args.seed + rank)  # dropout differs between processes
     if start:
         restore(start, revela, optimizer, device, rank)
