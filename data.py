@@ -24,10 +24,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import tokenizers
 import torch
 
-from model import Llama, LlamaConfig, find, read_json, save_model
+from model import Llama, LlamaConfig, find, read_json, read_safetensors, save_model
 
 PREFIX = {"query": "query: ", "passage": "passage: "}
 
@@ -157,16 +158,16 @@ def unpacked(file):
 def group_offsets(file, size):
     """The byte at which each group of `file` starts, int64; every line is checked on the way, ValueError names file and line.
 
-    They are kept in {file}.index.npy, after three numbers by which a later call knows that they still hold: the file's length,
-    its time, and `size`. In a folder that cannot be written to they are just made again.
+    They are kept in {file}.index.safetensors, with three numbers by which a later call knows that they still hold: the file's
+    length, its time, and `size`. In a folder that cannot be written to they are just made again.
     """
-    state, index = os.stat(file), Path(f"{file}.index.npy")
-    key, offsets, position = [state.st_size, state.st_mtime_ns, size], [], 0
+    state, index = os.stat(file), f"{file}.index.safetensors"
+    made_from, offsets, position = torch.tensor([state.st_size, state.st_mtime_ns, size]), [], 0
     try:
-        kept = np.load(index, mmap_mode="r", allow_pickle=False)
-        if kept[:3].tolist() == key:
-            return kept[3:]
-    except (OSError, ValueError, EOFError, IndexError):  # none there, or not one of ours
+        kept = read_safetensors(index)
+        if torch.equal(kept["made_from"], made_from):
+            return kept["offsets"].numpy()
+    except (OSError, ValueError, KeyError):  # none there, or not one of ours
         pass
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -178,8 +179,7 @@ def group_offsets(file, size):
         raise ValueError(f"{file} holds no groups")
     partial = Path(f"{file}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as out:
-            np.save(out, np.array(key + offsets))
+        partial.write_bytes(safetensors.torch.save({"made_from": made_from, "offsets": torch.tensor(offsets)}))
         os.replace(partial, index)
     except OSError:
         partial.unlink(missing_ok=True)

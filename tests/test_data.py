@@ -124,11 +124,11 @@ def test_the_index_is_kept_until_the_file_or_the_question_changes(tmp_path, monk
     assert read(3) == [["a", "b", "c"], ["d", "e", "f"]]
     file.write_text('["x", "y", "z"]\n["d", "e", "f"]\n["g", "h", "i"]\n')
     assert read() == [["x", "y"], ["d", "e"], ["g", "h"]]
-    for garbage in (b"", b"\x93NUMPY\x01", b"x" * 500):
-        (tmp_path / "g.jsonl.index.npy").write_bytes(garbage)
+    for garbage in (b"", b"\x08" + bytes(7) + b"{}      ", b"x" * 500):
+        (tmp_path / "g.jsonl.index.safetensors").write_bytes(garbage)
         assert read()[0] == ["x", "y"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.jsonl", "g.jsonl.index.npy"]
-    (tmp_path / "g.jsonl.index.npy").unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.jsonl", "g.jsonl.index.safetensors"]
+    (tmp_path / "g.jsonl.index.safetensors").unlink()
     monkeypatch.setattr(data.os, "replace", lambda *_: (tmp_path / "none").stat())  # fails, as in a read-only folder
     assert read()[0] == ["x", "y"] and [p.name for p in tmp_path.iterdir()] == ["g.jsonl"]
 
