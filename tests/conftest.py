@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import Llama, LlamaConfig, save_model  # noqa: E402
+from model import Llama, LlamaConfig, add_lora, save_model  # noqa: E402
 
 
 def pytest_configure(config):
@@ -42,6 +42,15 @@ def make_model(folder, seed=0, **changes):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}}')
     return folder
+
+
+def with_lora(llama, r=3, dropout=0.0):
+    """`llama` with LoRA matrices that do something."""
+    add_lora(llama, r=r, alpha=6, dropout=dropout)
+    for name, p in llama.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return llama
 
 
 @pytest.fixture

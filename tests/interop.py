@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, make_model
+from conftest import TEXTS, make_model, with_lora
 from safetensors.torch import load_file, save_file
 
 from eval import export
-from model import Llama, add_lora, load_adapter, save_adapter, save_model
+from model import Llama, load_adapter, save_adapter, save_model
 from revela import Retriever
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
@@ -107,11 +107,7 @@ def test_adapters_go_both_ways_between_peft_and_us(tiny, tmp_path, head, rslora)
 def test_sentence_transformers_encodes_an_export_as_we_do(tiny, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    llama = Llama.from_pretrained(tiny, head=False)
-    add_lora(llama, 3, 6)
-    for name, p in llama.named_parameters():
-        torch.nn.init.normal_(p, std=0.3) if "lora_B" in name else None
-    save_adapter(llama, tmp_path / "adapter")
+    save_adapter(with_lora(Llama.from_pretrained(tiny, head=False)), tmp_path / "adapter")
     retriever, texts = Retriever.from_pretrained(tiny, tmp_path / "adapter"), [*TEXTS, "", "x" * 300]
     truth = {kind: retriever.encode(texts, kind, max_len=64) for kind in ("query", "passage")}
     export(retriever, tmp_path / "out", max_len=64)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import TEXTS, command, make_model
+from conftest import TEXTS, command, make_model, with_lora
 from test_data import write_beir
 
 from eval import MtebEncoder, bm25_run, dense_run, fuse, measure, mrr, mteb_results, ndcg, read_max_len, recall, search
-from model import Llama, add_lora, save_adapter
+from model import Llama, save_adapter
 from revela import Retriever
 
 STORED = json.loads((Path(__file__).parent / "trec_eval.json").read_text())  # made with pytrec_eval 0.5.11
@@ -100,11 +100,7 @@ def test_the_command_prints_a_table_and_writes_results(tmp_path):
 
 
 def test_an_export_is_the_same_retriever_and_its_tokenizer_ends_texts_itself(tiny, tmp_path):
-    llama = Llama.from_pretrained(tiny, head=False)
-    add_lora(llama, 3, 6)
-    for name, p in llama.named_parameters():
-        torch.nn.init.normal_(p, std=0.3) if "lora_B" in name else None
-    save_adapter(llama, tmp_path / "adapter")
+    save_adapter(with_lora(Llama.from_pretrained(tiny, head=False)), tmp_path / "adapter")
     texts = [*TEXTS, "", "x" * 300]
     truth = Retriever.from_pretrained(tiny, tmp_path / "adapter").encode(texts, "query", max_len=64)
     command("eval.py", "--model", tiny, "--adapter", tmp_path / "adapter", "--export", tmp_path / "out", "--max_len", 64, "--device", "cpu")

@@ -8,19 +8,11 @@ import naive
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, make_model
+from conftest import TEXTS, make_model, with_lora
 
 from data import Tokenizer, collate
-from model import Llama, add_lora
+from model import Llama
 from revela import Retriever, Revela
-
-
-def with_lora(llama, r=3):
-    add_lora(llama, r=r, alpha=6, dropout=0.0)
-    for name, p in llama.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.3)
-    return llama
 
 
 def merged(llama):
@@ -169,10 +161,7 @@ def test_encode_is_the_same_alone_and_in_any_batch(tmp_path):
 
 def test_encode_in_training_mode_has_no_dropout_and_keeps_the_mode(tmp_path):
     base = make_model(tmp_path / "base")
-    llama = Llama.from_pretrained(base, head=False)
-    add_lora(llama, 3, 6, dropout=0.5)
-    for name, p in llama.named_parameters():
-        torch.nn.init.normal_(p) if "lora_B" in name else None
+    llama = with_lora(Llama.from_pretrained(base, head=False), dropout=0.5)
     retriever = Retriever(llama, Tokenizer(base)).train()
     assert torch.equal(retriever.encode(TEXTS), retriever.encode(TEXTS)) and retriever.training
 
