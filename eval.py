@@ -155,7 +155,7 @@ def write_encoding(folder, max_len=512):
 def read_max_len(folder):
     """The length that `write_encoding` left in `folder`; 512, the published evaluation's, where it left none."""
     file = find(folder) / "sentence_bert_config.json"
-    return read_json(file)["max_seq_length"] if file.exists() else 512
+    return (read_json(file) if file.exists() else {}).get("max_seq_length") or 512
 
 
 def export(retriever, folder, max_len=512):
@@ -287,9 +287,11 @@ def main(argv=None):
             results.append(result)
             size = f"{len(queries):8} {len(corpus):10} {time.time() - began:6.1f}"
             print(f"{result['data']:<16} {system:<7} {numbers(result)} {size}")
-    for result in mteb_results(MtebEncoder(retriever, Path(args.adapter or args.model).name, **options), args.mteb) if args.mteb else []:
-        results.append(result)
-        print(f"{result['data']:<16} {'dense':<7} {numbers(result)}")
+    if args.mteb:
+        encoder = MtebEncoder(retriever, Path(args.adapter or args.model).name, **options)
+        for result in mteb_results(encoder, args.mteb):
+            results.append(result)
+            print(f"{result['data']:<16} {'dense':<7} {numbers(result)}")
     if args.export:
         export(retriever, args.export, args.max_len)
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")

@@ -366,9 +366,10 @@ class Llama(nn.Module):
         Every tensor of the model must be there in its shape, and every tensor there must belong to the model; else
         ValueError names it. `dtype` is what the weights are kept in, whatever the file has.
         """
+        folder = find(path)
         with torch.device("meta"):
-            model = cls(LlamaConfig.from_pretrained(path), head)
-        tensors = {name.removeprefix("model."): t.to(device, dtype) for name, t in read_tensors(path).items()}
+            model = cls(LlamaConfig.from_pretrained(folder), head)
+        tensors = {name.removeprefix("model."): t.to(device, dtype) for name, t in read_tensors(folder).items()}
         for name in list(tensors):  # old files store RoPE's frequencies; a tied head may be stored a second time
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
                 del tensors[name]
@@ -508,7 +509,7 @@ def read_safetensors(file):
 
 def read_tensors(folder):
     """{name: tensor} of a checkpoint: model.safetensors, or the shards that model.safetensors.index.json lists."""
-    folder = find(folder)
+    folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return read_safetensors(folder / "model.safetensors")

@@ -170,9 +170,10 @@ def save_models(revela, folder, args):
             save_adapter(llama, folder / name)
         else:
             save_model(llama, folder / name)
+            base = find(base)
             for file in ("tokenizer.json", "tokenizer_config.json"):
-                if (find(base) / file).exists():
-                    shutil.copyfile(find(base) / file, folder / name / file)
+                if (base / file).exists():
+                    shutil.copyfile(base / file, folder / name / file)
         if name == "retriever":
             write_encoding(folder / name)
 
@@ -418,17 +419,18 @@ def main(argv=None):
             barrier()
         if stop and step < total:
             say(f"stopped by a signal after update {step}, which is saved: go on with --resume latest --out {out}")
-            barrier()  # a process that leaves while another still works would end the job for both
-            return STOPPED
+            code = STOPPED
+            break
         if step == total or (args.eval_every and step % args.eval_every == 0):
             evaluate(step)
         clock += time.perf_counter() - pause
-
-    if rank == 0:
-        save_models(revela, out, args)
-        say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
-    barrier()
-    return 0
+    else:
+        code = 0
+        if rank == 0:
+            save_models(revela, out, args)
+            say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
+    barrier()  # a process that leaves while another still works would end the job for both
+    return code
 
 
 if __name__ == "__main__":
