@@ -106,7 +106,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, more):
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(tmp_path, processes):
-    args = lambda out: arguments(tmp_path, out, "--max_steps", 60, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.3)
+    args = lambda out: arguments(tmp_path, out, "--max_steps", 60, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.3, "--save_steps", 1000)
     command("train.py", *args("whole"), processes=processes)
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     command_line, env = [sys.executable, *start, str(ROOT / "train.py"), *args("cut")], {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
