@@ -4,6 +4,7 @@
     python eval.py --bm25 --data scifact                  # the lexical baseline; with --model too: dense, bm25 and fused
     python eval.py --model BASE --adapter runs/smol/retriever --export FOLDER    # for transformers, sentence-transformers
     python eval.py --model BASE --adapter runs/smol/retriever --mteb SciFact     # by mteb (pip install mteb)
+    torchrun --nproc_per_node=8 eval.py --model BASE ...  # each process encodes and searches its part of the documents
 
 A collection is a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv. Every document is scored against
 every query, exactly. A *run* is {query id: {document id: score}}, as deep as --top_k; *qrels* are {query id: {document
@@ -16,6 +17,7 @@ Shapes:   Q queries   P passages (documents)   D hidden_size   k results of a qu
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,10 +25,25 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from data import BM25, PREFIX, read_beir
 from model import find, merge_lora, read_json, save_model, tune_allocator
 from revela import Retriever
+
+
+def setup(device=None):
+    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        return torch.device(device), 0, 1
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # measures
@@ -98,12 +115,29 @@ def search(queries, passages, k, chunk=65536):
 
 
 def dense_run(retriever, corpus, queries, k=1000, out=None, **encode):
-    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result. `out`: see `encode`."""
-    docids = list(corpus)
-    passages = retriever.encode(list(corpus.values()), "passage", out=out, **encode)  # [P, D]
+    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result. `out`: see `encode`.
+
+    Under `torchrun` every process must call this, and gets the whole run: each encodes and searches its part of the
+    documents (and writes it to `out` with ".RANK-of-WORLD" before the suffix), then the best of all are merged.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    docids, P, run = list(corpus), len(corpus), {}
+    first, last = P * rank // world, P * (rank + 1) // world
+    if out is not None and world > 1:
+        out = Path(out).with_suffix(f".{rank}-of-{world}.npy")
+    passages = retriever.encode([corpus[docid] for docid in docids[first:last]], "passage", out=out, **encode)  # [P, D]
     vectors = retriever.encode(list(queries.values()), "query", **encode)  # [Q, D]
     scores, indices = search(vectors, passages, k + 1)
-    run = {}
+    if world > 1:
+        width = min(k + 1, -(-P // world)) - scores.shape[1]  # parts differ by a passage; all must give as many results
+        mine = (F.pad(scores, (0, width), value=-torch.inf), F.pad(indices + first, (0, width)))
+        device = retriever.llama.embed_tokens.weight.device
+        parts = [[torch.empty_like(t, device=device) for _ in range(world)] for t in mine]
+        for part, t in zip(parts, mine):
+            dist.all_gather(part, t.to(device))
+        scores, indices = (torch.cat(part, 1).cpu() for part in parts)
+        scores, best = scores.topk(min(k + 1, P))
+        indices = indices.gather(1, best)
     for qid, row, best in zip(queries, scores.tolist(), indices.tolist()):
         results = [(docids[i], score) for i, score in zip(best, row) if docids[i] != qid]
         run[qid] = dict(results[:k])
@@ -247,7 +281,7 @@ def main(argv=None):
     add("--top_k", type=int, default=1000, help="documents retrieved for each query")
     add("--batch_tokens", type=int, default=16384, help="tokens in a batch when encoding")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of weights and arithmetic")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     args = parser.parse_args(argv)
     if not (args.data and (args.model or args.bm25) or args.model and (args.mteb or args.export)):
         raise ValueError("nothing to do: give --data with --model, --bm25 or both; or --model with --mteb or --export")
@@ -260,15 +294,19 @@ def main(argv=None):
     if args.vectors:
         Path(args.vectors).mkdir(parents=True, exist_ok=True)
     tune_allocator()
+    device, rank, world = setup(args.device)
+    say = print if rank == 0 else lambda *_: None
+    if rank > 0:  # helps with the dense runs and leaves the rest to the first process
+        args.bm25, args.mteb, args.export, args.out = False, [], None, None
     retriever = None
     if args.model:
-        retriever = Retriever.from_pretrained(args.model, args.adapter, getattr(torch, args.dtype), args.device)
+        retriever = Retriever.from_pretrained(args.model, args.adapter, getattr(torch, args.dtype), device)
         args.max_len = args.max_len or read_max_len(args.adapter or args.model)
-    options = {"max_len": args.max_len, "batch_tokens": args.batch_tokens, "progress": sys.stderr.isatty()}
+    options = {"max_len": args.max_len, "batch_tokens": args.batch_tokens, "progress": sys.stderr.isatty() and rank == 0}
     results = []
     numbers = lambda result: " ".join(f"{result[name]:8.4f}" for name in ("ndcg@10", "mrr@10", "recall@100"))
     if args.data:
-        print(f"{'data':<16} {'system':<7} {'nDCG@10':>8} {'MRR@10':>8} {'R@100':>8} {'queries':>8} {'documents':>10} {'s':>6}")
+        say(f"{'data':<16} {'system':<7} {'nDCG@10':>8} {'MRR@10':>8} {'R@100':>8} {'queries':>8} {'documents':>10} {'s':>6}")
     for folder in args.data:
         corpus, queries, qrels = read_beir(folder, args.split)
         runs = {}
@@ -286,7 +324,7 @@ def main(argv=None):
             result = {"data": Path(folder).resolve().name, "system": system} | measure(runs[system], qrels)
             results.append(result)
             size = f"{len(queries):8} {len(corpus):10} {time.time() - began:6.1f}"
-            print(f"{result['data']:<16} {system:<7} {numbers(result)} {size}")
+            say(f"{result['data']:<16} {system:<7} {numbers(result)} {size}")
     if args.mteb:
         encoder = MtebEncoder(retriever, Path(args.adapter or args.model).name, **options)
         for result in mteb_results(encoder, args.mteb):
@@ -297,6 +335,8 @@ def main(argv=None):
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
     if args.out:
         Path(args.out).write_text(json.dumps({"config": vars(args), "results": results}, indent=1) + "\n")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

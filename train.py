@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -26,14 +27,20 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Groups, Tokenizer, collate, group_order, read_beir, write_toy_world
-from eval import dense_run, measure, show, write_encoding
-from model import LORA_TARGETS, Llama, add_lora, find, load_adapter, read_json, save_adapter, save_model, tune_allocator
+from eval import dense_run, measure, setup, show, write_encoding
+from model import (LORA_TARGETS, Llama, add_lora, find, load_adapter, read_json, read_safetensors, save_adapter, save_model,
+                   tune_allocator)  # fmt: skip
 from revela import Retriever, Revela
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -45,10 +52,16 @@ TOY = {
     "groups_per_device": 2, "gradient_accumulation_steps": 1, "logging_steps": 25, "eval_every": 100, "save_steps": 250,
 }  # fmt: skip
 
+OUT_OF_MEMORY = """out of memory in update {} ({}). The last checkpoint is intact. These help and change nothing but rounding:
+  --activation_checkpointing selective, or full;  --groups_per_device smaller, with more --gradient_accumulation_steps;
+  --strategy fsdp, with several processes;  --dtype bfloat16 (more rounding).
+These help and change what is computed: --passage_max_len, --train_group_size, --lora_r smaller."""
+
 STOPPED = 75  # the exit code after SIGTERM or SIGINT: EX_TEMPFAIL of sysexits.h, "try again later"
 
-# Arguments that may change when a run is resumed: none of them changes what is computed.
-FREE = {"out", "resume", "device", "activation_checkpointing", "num_workers", "logging_steps", "eval_every", "eval_data", "save_steps"}
+# Arguments that may change when a run is resumed: none of them changes what is computed, as long as an update is over as many groups.
+FREE = {"out", "resume", "device", "strategy", "groups_per_device", "gradient_accumulation_steps", "activation_checkpointing", "num_workers",
+        "logging_steps", "eval_every", "eval_data", "save_steps"}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -93,6 +106,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of weights, dropout, order of the data, and the toy world")
     add = parser.add_argument_group("machine, log and checkpoints").add_argument
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--strategy", choices=("ddp", "fsdp"), default="ddp",
+        help="with several processes: ddp: each holds everything; fsdp: each holds a part of all weights, gradients and moments")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="bfloat16: autocast, with frozen weights kept in bfloat16; trained weights stay float32")  # fmt: skip
     add("--activation_checkpointing", choices=("none", "selective", "full"), default="none",
@@ -117,18 +132,6 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # parts
-
-
-def setup(device):
-    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if "RANK" not in os.environ:
-        return torch.device(device), 0, 1
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
 def build_models(args, dtype, device, start):
@@ -161,10 +164,38 @@ def build_models(args, dtype, device, start):
     return Retriever(retriever, Tokenizer(args.model)), lm
 
 
-def save_models(revela, folder, args):
-    """Write {folder}/retriever and, unless it is frozen, {folder}/lm: adapters, or whole checkpoints with tokenizers."""
+def shard(revela, device, dtype):
+    """FSDP2: every process holds a part of each weight, and the whole of a block's only while that block runs. What is used
+    outside of blocks (embeddings, which may be the output head too, heads and final norms) is one unit more."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    low = torch.bfloat16 if dtype == torch.bfloat16 else None  # gradients still meet in float32
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)}
+    for block in [*revela.retriever.llama.layers, *revela.lm.layers]:
+        fully_shard(block, **options)
+    return fully_shard(revela, **options)
+
+
+def whole(llama, device):
+    """`llama` itself, or if it is sharded, a copy with whole weights on `device`; every process must call this."""
+    if not isinstance(llama.embed_tokens.weight, DTensor):
+        return llama
+    with torch.device("meta"):
+        copy = Llama(llama.config, llama.has_head)
+        if llama.lora:
+            add_lora(copy, *llama.lora.values())
+    copy.load_state_dict({name: p.detach().full_tensor().to(device) for name, p in llama.named_parameters()}, assign=True)
+    copy.path = llama.path
+    return copy
+
+
+def save_models(revela, folder, args, rank):
+    """Write {folder}/retriever and, unless it is frozen, {folder}/lm: adapters, or whole checkpoints with tokenizers. The
+    first process does; every process must call this."""
     for llama, name, base in ((revela.retriever.llama, "retriever", args.model), (revela.lm, "lm", args.lm or args.model)):
         if name == "lm" and args.freeze_lm:
+            continue
+        llama = whole(llama, "meta" if rank else "cpu")
+        if rank:
             continue
         if llama.lora:
             save_adapter(llama, folder / name)
@@ -185,67 +216,95 @@ def learning_rate(step, args, total):
     return args.learning_rate * (total - step) / (total - args.warmup_steps)
 
 
-def gather_rng_states(device, world):
-    """The random states of all processes, in order of rank; every process must call this."""
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    states = [torch.empty_like(state, device=device) for _ in range(world)]
-    if world > 1:
-        dist.all_gather(states, state.to(device))
-    return [s.cpu() for s in states] if world > 1 else [state]
+def fsync(path):
+    """Return when what was written to `path`, a file or folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
-def save_checkpoint(folder, step, revela, optimizer, args, rng_states):
-    """Write {folder}/step_N: models, optimizer, each process's random state, arguments. It appears whole or not at all,
-    and only then does {folder}/latest name it."""
-    final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_models(revela, partial, args)
-    names = [name for name, p in revela.named_parameters() if p.requires_grad]
-    state = optimizer.state_dict()["state"]
-    save_file({f"{names[i]}.{key}": t for i in state for key, t in state[i].items()}, partial / "optimizer.safetensors")
-    save_file({f"rank_{i}": t for i, t in enumerate(rng_states)}, partial / "rng.safetensors")
-    (partial / "meta.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    (folder / "latest.partial").write_text(final.name + "\n")
-    os.replace(folder / "latest.partial", folder / "latest")
+def save_checkpoint(folder, step, revela, optimizer, args, per_update, rank):
+    """Write {folder}/step_N: models, optimizer, arguments. It appears whole or not at all, and only then does {folder}/latest
+    name it. Order of the data and dropout follow from seed, step and rank. Every process must call this."""
+    final, partial, old = (folder / f"step_{step:06d}{end}" for end in ("", ".partial", ".old"))
+    moments, names = {}, [name for name, p in revela.named_parameters() if p.requires_grad]
+    for i, state in optimizer.state_dict()["state"].items():
+        for key, t in state.items():
+            t = t.full_tensor() if isinstance(t, DTensor) else t
+            moments |= {} if rank else {f"{names[i]}.{key}": t.cpu()}
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_models(revela, partial, args, rank)
+        if rank:
+            return
+        save_file(moments, partial / "optimizer.safetensors")
+        meta = {"step": step, "groups_per_update": per_update, "args": vars(args)}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for path in [*partial.rglob("*"), partial]:
+            fsync(path)
+        if final.exists():  # saved before, by a run that was resumed from an earlier one
+            os.replace(final, old)
+        os.replace(partial, final)
+        fsync(folder)
+        (folder / "latest.partial").write_text(final.name + "\n")
+        fsync(folder / "latest.partial")
+        os.replace(folder / "latest.partial", folder / "latest")
+        fsync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final} could not be written ({error}); the checkpoint before it is intact") from None
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def find_checkpoint(args):
+def find_checkpoint(args, per_update):
     """(folder, step) of the checkpoint that --resume means. Raises ValueError if there is none, or if it was made with
     arguments that compute something else."""
     folder = Path(args.out) / "checkpoints"
     if args.resume == "latest":
         if not (folder / "latest").exists():
             raise ValueError(f"nothing to resume: {folder} holds no finished checkpoint")
-        start = folder / (folder / "latest").read_text().strip()
+        name = (folder / "latest").read_text().strip()
+        if not re.fullmatch(r"step_\d+", name):
+            raise ValueError(f"{folder}/latest names {name!r}, which is no checkpoint; give --resume the folder to go on from")
+        start = folder / name
     else:
         start = Path(args.resume)
     meta = read_json(start / "meta.json")
+    try:
+        step, before, groups = int(meta["step"]), dict(meta["args"]), int(meta["groups_per_update"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{start}/meta.json is not a checkpoint's of this version ({error!r})") from None
     for name, value in vars(args).items():
-        if name not in FREE and meta["args"].get(name) != value:
-            raise ValueError(f"cannot resume {start}: --{name} was {meta['args'].get(name)} there, now it is {value}")
-    return start, meta["step"]
+        if name not in FREE and before.get(name) != value:
+            raise ValueError(f"cannot resume {start}: --{name} was {before.get(name)} there, now it is {value}")
+    if groups != per_update:
+        raise ValueError(f"cannot resume {start}: an update was over {groups} groups there, now it would be over {per_update}: choose "
+                         f"processes x --groups_per_device x --gradient_accumulation_steps = {groups}")  # fmt: skip
+    return start, step
 
 
-def restore(start, revela, optimizer, device, rank):
-    """Put back what a checkpoint holds beside the models: the optimizer's moments, this process's random state."""
-    saved, state = load_file(start / "optimizer.safetensors"), optimizer.state_dict()
-    names = [name for name, p in revela.named_parameters() if p.requires_grad]
-    state["state"] = {i: {k: saved[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i, name in enumerate(names)}
+def restore(start, revela, optimizer):
+    """Put back what a checkpoint holds beside the models: the optimizer's moments, this process's part of them if sharded."""
+    saved, state = read_safetensors(start / "optimizer.safetensors"), optimizer.state_dict()
+    trained = [(name, p) for name, p in revela.named_parameters() if p.requires_grad]
+    if lacking := [name for name, p in trained if getattr(saved.get(f"{name}.exp_avg_sq"), "shape", None) != p.shape]:
+        raise ValueError(f"{start}/optimizer.safetensors has no moments, or of the wrong shape, for {lacking[0]}")
+    for i, (name, p) in enumerate(trained):
+        part = lambda t: distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
+        state["state"][i] = {"step": saved[f"{name}.step"]} | {key: part(saved[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
     optimizer.load_state_dict(state)
-    state = load_file(start / "rng.safetensors")[f"rank_{rank}"]
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, world):
     """One step of the optimizer on the mean loss over all tokens of the `micro_batches` of all processes.
 
-    `model` is a Revela, or the DDP around one. Returns {name: scalar tensor}: Revela's statistics, as this process's
+    `model` is a Revela, sharded or not, or the DDP around one. Returns {name: scalar tensor}: Revela's statistics, as this process's
     addend to the mean over the update, and the gradient norms of both models before clipping. Raises FloatingPointError
     before anything is changed if a gradient is not finite.
     """
-    revela = model.module if world > 1 else model
+    ddp = isinstance(model, DistributedDataParallel)
+    revela = model.module if ddp else model
     counts = [revela.targets(batch).sum() for batch in micro_batches]
     all_targets = sum(counts).to(device)
     if world > 1:
@@ -254,16 +313,19 @@ def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, wor
     for i, batch in enumerate(micro_batches):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         share = counts[i].to(device) / all_targets
-        hold = world > 1 and i < len(micro_batches) - 1
-        with model.no_sync() if hold else nullcontext():  # gradients meet once per update
+        last = i == len(micro_batches) - 1  # gradients meet once per update
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if ddp and not last else nullcontext():
             with autocast():
                 loss = model(batch)
-            (loss * share * world).backward()  # DDP takes the mean over processes, we want the sum
+            (loss * share * world).backward()  # DDP and FSDP take the mean over processes, we want the sum
         for name, value in revela.stats.items():
             stats[name] = stats.get(name, 0) + value * share
     norm = {}
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
         norm[name] = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).to(device)
+        norm[name] = norm[name].full_tensor() if isinstance(norm[name], DTensor) else norm[name]
         stats[f"grad_norm_{name}"] = norm[name] / world
     total_norm = torch.linalg.vector_norm(torch.stack(list(norm.values())))
     if not total_norm.isfinite():  # on one process means on all of them, since gradients have met
@@ -293,7 +355,11 @@ def main(argv=None):
     say = print if rank == 0 else lambda *_: None
     barrier = dist.barrier if world > 1 else lambda: None
     out = Path(args.out)
-    if not args.resume and out.exists() and any(out.iterdir()):
+    accumulation = args.gradient_accumulation_steps or max(1, 32 // (world * args.groups_per_device))
+    per_update = world * accumulation * args.groups_per_device
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "checkpoints/latest").exists():
+        args.resume = "latest"  # torchrun has started us again after a failure
+    elif not args.resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or go on with --resume latest")
     barrier()
     toy = args.data is None
@@ -304,22 +370,24 @@ def main(argv=None):
         barrier()
 
     # -- models, optimizer, and where they start
-    start, first_step = find_checkpoint(args) if args.resume else (None, 0)
-    dtype = getattr(torch, args.dtype)
+    start, first_step = find_checkpoint(args, per_update) if args.resume else (None, 0)
+    dtype, fsdp = getattr(torch, args.dtype), args.strategy == "fsdp" and world > 1
     torch.manual_seed(args.seed)
-    retriever, lm = build_models(args, dtype, device, start)
+    retriever, lm = build_models(args, dtype, torch.device("cpu") if fsdp else device, start)  # shards move to the device one by one
     for llama in (retriever.llama, lm):
         llama.recompute_activations(args.activation_checkpointing)
     scale = 0.0 if args.no_inbatch else args.inbatch_scale
     if scale == 0:
         retriever.requires_grad_(False)  # nothing will reach it
-    revela = Revela(retriever, lm, args.attn_temperature, not args.no_v_norm, scale, args.dual_loss)
+    revela = model = Revela(retriever, lm, args.attn_temperature, not args.no_v_norm, scale, args.dual_loss)
+    if fsdp:
+        shard(revela, device, dtype)
+    elif world > 1:
+        model = DistributedDataParallel(revela, device_ids=[device] if device.type == "cuda" else None)
     trained = [p for p in revela.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    torch.manual_seed(args.seed + rank)  # dropout differs between processes
     if start:
-        restore(start, revela, optimizer, device, rank)
-    model = DistributedDataParallel(revela, device_ids=[device] if device.type == "cuda" else None) if world > 1 else revela
+        restore(start, revela, optimizer)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # -- data
@@ -327,8 +395,6 @@ def main(argv=None):
     barrier()  # the first process unpacks a gzipped file for all
     groups = groups or Groups(args.data, args.train_group_size)
     collections = {Path(folder).resolve().name: read_beir(folder) for folder in args.eval_data or []}
-    accumulation = args.gradient_accumulation_steps or max(1, 32 // (world * args.groups_per_device))
-    per_update = world * accumulation * args.groups_per_device
     total = args.max_steps or math.ceil(args.num_train_epochs * len(groups) / per_update)
     order = group_order(len(groups), args.seed, first_step, total, rank, world, accumulation, args.groups_per_device)
     tokenizers = {"tokenizer": retriever.tokenizer, "lm_tokenizer": Tokenizer(args.lm or args.model)}
@@ -360,8 +426,10 @@ def main(argv=None):
                 file.write(json.dumps(values) + "\n")
 
     def evaluate(step):
+        if collections:
+            searcher = Retriever(whole(retriever.llama, device), retriever.tokenizer)
+            runs = {name: dense_run(searcher, *c[:2]) for name, c in collections.items()}
         if collections and rank == 0:
-            runs = {name: dense_run(retriever, *c[:2]) for name, c in collections.items()}
             ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
             record({"step": step, "ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg})
             say(f"step {step}: nDCG@10 " + ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items()))
@@ -380,6 +448,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, args, total)
         micro_batches = [next(batches) for _ in range(accumulation)]
+        torch.manual_seed(int(np.random.default_rng([args.seed, step, rank]).integers(2**62)))  # dropout, so that a resumed run draws the same
         try:
             stats = update(model, micro_batches, optimizer, args.max_grad_norm, autocast, device, world)
         except FloatingPointError as error:
@@ -388,6 +457,10 @@ def main(argv=None):
                 f"update {step}, process {rank}: not finite: {error}. Its groups (of {args.data}, from 0): {read}. Nothing was "
                 "updated, and the last checkpoint is intact. Try a smaller --learning_rate, or --dtype float32"
             ) from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise ValueError(OUT_OF_MEMORY.format(step, str(error).splitlines()[0])) from None
         for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value
         stop = torch.tensor(float(len(signals)), device=device)
@@ -413,9 +486,7 @@ def main(argv=None):
 
         pause = time.perf_counter()
         if step % args.save_steps == 0 or step == total or stop:
-            states = gather_rng_states(device, world)
-            if rank == 0:
-                save_checkpoint(out / "checkpoints", step, revela, optimizer, args, states)
+            save_checkpoint(out / "checkpoints", step, revela, optimizer, args, per_update, rank)
             barrier()
         if stop and step < total:
             say(f"stopped by a signal after update {step}, which is saved: go on with --resume latest --out {out}")
@@ -426,9 +497,8 @@ def main(argv=None):
         clock += time.perf_counter() - pause
     else:
         code = 0
-        if rank == 0:
-            save_models(revela, out, args)
-            say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
+        save_models(revela, out, args, rank)
+        say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
     barrier()  # a process that leaves while another still works would end the job for both
     return code
 
