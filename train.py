@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Groups, Tokenizer, collate, group_order, read_beir, write_toy_world
-from eval import dense_run, measure, setup, show, write_encoding
+from eval import dense_run, leave, measure, setup, show, write_encoding
 from model import (LORA_TARGETS, Llama, add_lora, find, load_adapter, read_json, read_safetensors, save_adapter, save_model,
                    tune_allocator)  # fmt: skip
 from revela import Retriever, Revela
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add("--lm_adapter", help="start the language model from this LoRA adapter")
     add("--freeze_lm", action="store_true", help="train the retriever alone")
     add("--out", default="runs/revela", help="run folder to write; must not hold a run, unless it is resumed")
-    add("--resume", help="'latest', or a folder under checkpoints/: go on from there")
+    add("--resume", help="'latest', or the name of a folder under checkpoints/, such as step_000500: go on from there")
     add = parser.add_argument_group("method").add_argument
     add("--attn_temperature", type=float, default=1e-4, help="tau of the softmax over similarities")
     add("--inbatch_scale", type=float, default=1.0, help="factor on what passages read from each other; 1: as published")
@@ -223,10 +223,19 @@ def fsync(path):
     os.close(descriptor)
 
 
+def write(file, text):
+    """Make `text` the content of `file`, which at any moment, whatever fails, has the old content or the new one."""
+    partial = Path(f"{file}.partial")
+    partial.write_text(text)
+    fsync(partial)
+    os.replace(partial, file)
+    fsync(file.parent)
+
+
 def save_checkpoint(folder, step, revela, optimizer, args, per_update, rank):
     """Write {folder}/step_N: models, optimizer, arguments. It appears whole or not at all, and only then does {folder}/latest
     name it. Order of the data and dropout follow from seed, step and rank. Every process must call this."""
-    final, partial, old = (folder / f"step_{step:06d}{end}" for end in ("", ".partial", ".old"))
+    final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
     moments, names = {}, [name for name, p in revela.named_parameters() if p.requires_grad]
     for i, state in optimizer.state_dict()["state"].items():
         for key, t in state.items():
@@ -243,33 +252,26 @@ def save_checkpoint(folder, step, revela, optimizer, args, per_update, rank):
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         for path in [*partial.rglob("*"), partial]:
             fsync(path)
-        if final.exists():  # saved before, by a run that was resumed from an earlier one
-            os.replace(final, old)
+        if final.exists():  # by a run that went on from an earlier one, or was killed before the next line but two; `latest` names an earlier one
+            shutil.rmtree(final)
         os.replace(partial, final)
         fsync(folder)
-        (folder / "latest.partial").write_text(final.name + "\n")
-        fsync(folder / "latest.partial")
-        os.replace(folder / "latest.partial", folder / "latest")
-        fsync(folder)
+        write(folder / "latest", final.name + "\n")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final} could not be written ({error}); the checkpoint before it is intact") from None
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def find_checkpoint(args, per_update):
     """(folder, step) of the checkpoint that --resume means. Raises ValueError if there is none, or if it was made with
     arguments that compute something else."""
     folder = Path(args.out) / "checkpoints"
-    if args.resume == "latest":
-        if not (folder / "latest").exists():
-            raise ValueError(f"nothing to resume: {folder} holds no finished checkpoint")
-        name = (folder / "latest").read_text().strip()
-        if not re.fullmatch(r"step_\d+", name):
-            raise ValueError(f"{folder}/latest names {name!r}, which is no checkpoint; give --resume the folder to go on from")
-        start = folder / name
-    else:
-        start = Path(args.resume)
+    if args.resume == "latest" and not (folder / "latest").exists():
+        raise ValueError(f"nothing to resume: {folder} holds no finished checkpoint")
+    name = (folder / "latest").read_text().strip() if args.resume == "latest" else args.resume
+    if not re.fullmatch(r"step_\d+", name):
+        raise ValueError(f"--resume {args.resume}: {name!r} is no checkpoint; need 'latest' or a folder of {folder}, such as step_000500")
+    start = folder / name
     meta = read_json(start / "meta.json")
     try:
         step, before, groups = int(meta["step"]), dict(meta["args"]), int(meta["groups_per_update"])
@@ -357,17 +359,18 @@ def main(argv=None):
     out = Path(args.out)
     accumulation = args.gradient_accumulation_steps or max(1, 32 // (world * args.groups_per_device))
     per_update = world * accumulation * args.groups_per_device
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (out / "checkpoints/latest").exists():
-        args.resume = "latest"  # torchrun has started us again after a failure
-    elif not args.resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another --out, or go on with --resume latest")
-    barrier()
     toy = args.data is None
     if toy:
         args.model, args.data, args.eval_data = str(out / "world"), str(out / "world/groups.jsonl"), [str(out / "world")]
-        if rank == 0 and not args.resume:
-            write_toy_world(out / "world", args.seed)
-        barrier()
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # torchrun starts us again after a failure
+    if restarts and (out / "config.json").exists() and vars(args) == read_json(out / "config.json") | {"resume": args.resume}:  # this very run
+        args.resume = "latest" if (out / "checkpoints/latest").exists() else None
+    elif not args.resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another --out, or go on with --resume latest")
+    barrier()
+    if toy and rank == 0 and not args.resume:
+        write_toy_world(out / "world", args.seed)
+    barrier()
 
     # -- models, optimizer, and where they start
     start, first_step = find_checkpoint(args, per_update) if args.resume else (None, 0)
@@ -416,9 +419,12 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
     if rank == 0:
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        if start:
+            write(start.parent / "latest", start.name + "\n")
+        write(out / "config.json", json.dumps(vars(args), indent=1) + "\n")
         lines = metrics.read_text().splitlines(keepends=True) if start and metrics.exists() else []
-        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        lines = [line for line in lines if line.endswith("\n")]  # a killed run may have left half of one
+        write(metrics, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
 
     def record(values):
         if rank == 0:
@@ -508,5 +514,4 @@ if __name__ == "__main__":
         code = main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    sys.stdout.flush()
-    os._exit(code)  # DDP leaves gloo's threads behind; one that wakes while Python shuts down would abort the process
+    leave(code)

@@ -48,6 +48,21 @@ def test_measures_by_hand():
     assert measure({"q": {}}, qrels)["ndcg@10"] == 0  # nothing found is zero, not left out
 
 
+def test_processes_share_the_documents_and_find_the_same(tmp_path, tiny):
+    for name, P in (("two", 2), ("many", 18)):
+        ids = ["q", *(f"d{i}" for i in range(1, P))]  # one of them is the query's own
+        corpus = "".join(json.dumps({"_id": docid, "text": f"{TEXTS[i]} {i}"}) + "\n" for i, docid in enumerate(ids))
+        write_beir(tmp_path / name, "q\td1\t1\n", corpus)
+    args = ["eval.py", "--model", tiny, "--data", tmp_path / "two", tmp_path / "many", "--top_k", 7, "--bm25"]
+    one, _ = command(*args, "--out", tmp_path / "one.json", "--vectors", tmp_path / "one")
+    four, _ = command(*args, "--out", tmp_path / "four.json", "--vectors", tmp_path / "four", processes=4)
+    assert [row.split()[:7] for row in one.splitlines()] == [row.split()[:7] for row in four.splitlines()]
+    one, four = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("one", "four"))
+    assert one == four and {r["system"] for r in one} == {"dense", "bm25", "fused"}
+    parts = np.concatenate([np.load(tmp_path / f"four/many.{rank}-of-4.npy") for rank in range(4)])
+    np.testing.assert_allclose(parts, np.load(tmp_path / "one/many.npy"), atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk", [3, 7, 1000])
 def test_search_is_exact(chunk):
     torch.manual_seed(0)

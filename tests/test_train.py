@@ -65,8 +65,9 @@ def test_the_learning_rate_is_its_closed_form():
 @pytest.mark.parametrize("lora", [True, False])
 def test_accumulation_and_processes_do_not_change_the_update(tmp_path, lora):
     more = ("--learning_rate", 2e-4) if lora else ("--learning_rate", 3e-5, "--lora_r", 0, "--dual_loss")
-    for name, processes, accumulation, groups in (("1x4", 0, 4, 1), ("1x2x2", 0, 2, 2), ("2x2", 2, 2, 1), ("4x1", 4, 1, 1)):
-        args = arguments(tmp_path, name, *more, "--gradient_accumulation_steps", accumulation, "--groups_per_device", groups)
+    for name, processes, accumulation, groups, strategy in (("1x4", 0, 4, 1, "ddp"), ("1x2x2", 0, 2, 2, "fsdp"), ("2x2", 2, 2, 1, "ddp"),
+                                                            ("4x1", 4, 1, 1, "ddp"), ("2x2f", 2, 2, 1, "fsdp"), ("4x1f", 4, 1, 1, "fsdp")):  # fmt: skip
+        args = arguments(tmp_path, name, *more, "--gradient_accumulation_steps", accumulation, "--groups_per_device", groups, "--strategy", strategy)
         command("train.py", *args, processes=processes)
         for one, other in zip(metrics(tmp_path / "1x4"), metrics(tmp_path / name), strict=True):
             for key in [key for key in one if "loss" in key or "norm" in key]:
@@ -102,6 +103,76 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, more):
     assert strip(lines) == strip(metrics(tmp_path / "a"))
     train.main(arguments(tmp_path, "a", *more, "--resume", "latest"))  # finished: nothing left to do, nothing lost
     assert strip(lines) == strip(metrics(tmp_path / "a"))
+
+
+def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(tmp_path):
+    args = lambda out, accumulation, *more: arguments(tmp_path, out, "--gradient_accumulation_steps", accumulation, "--learning_rate", 2e-4, *more)
+    train.main(args("whole", 4))
+    command("train.py", *args("moved", 2, "--strategy", "fsdp", "--activation_checkpointing", "full"), processes=2)
+    for step, accumulation, processes, strategy in ((2, 1, 4, "ddp"), (4, 2, 2, "fsdp"), (4, 4, 0, "ddp")):
+        interrupted(tmp_path / "moved", step)
+        command("train.py", *args("moved", accumulation, "--strategy", strategy, "--resume", "latest"), processes=processes)
+        for key, w in weights(tmp_path / "whole").items():
+            torch.testing.assert_close(w, weights(tmp_path / "moved")[key], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="over 4 groups there, now it would be over 3: choose processes x"):
+        train.main(args("moved", 3, "--resume", "latest"))
+
+
+SHARDS = """
+import sys
+import torch, torch.distributed as dist
+from pathlib import Path
+from torch.distributed.tensor import distribute_tensor
+import train
+from eval import leave, setup
+
+folder = Path(sys.argv[1])
+device, rank, world = setup("cpu")
+def fresh(start=None):
+    args = train.parse_args(sys.argv[2:])
+    retriever, lm = train.build_models(args, torch.float32, device, start)
+    revela = train.shard(train.Revela(retriever, lm), device, torch.float32)
+    trained = [p for p in revela.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return args, revela, optimizer
+
+args, revela, optimizer = fresh()
+for name, p in revela.named_parameters():
+    if p.requires_grad:
+        for t, factor in ((p, 1.0), (optimizer.state[p]["exp_avg"], 2.0), (optimizer.state[p]["exp_avg_sq"], 3.0)):
+            part = t.to_local()
+            with torch.no_grad():
+                part.copy_(factor * (100 * rank + torch.arange(part.numel()).view(part.shape)))
+train.save_checkpoint(folder, 7, revela, optimizer, args, 1, rank)
+dist.barrier()
+_, again, moments = fresh(folder / "step_000007")
+train.restore(folder / "step_000007", again, moments)
+for (name, p), q in zip(revela.named_parameters(), again.parameters()):
+    assert torch.equal(p.to_local(), q.to_local()), name
+    if p.requires_grad:
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[p][key].to_local(), moments.state[q][key].to_local()), (name, key)
+dist.barrier()
+leave()
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--lora_r", "0"]], ids=["lora", "full"])
+def test_every_shard_is_saved_and_comes_back(tmp_path, more):
+    """Each process fills its part of each tensor with numbers of its own. Rows are dealt out as torch.chunk does."""
+    args = arguments(tmp_path, "run", *more)
+    (tmp_path / "shards.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + SHARDS)
+    command(tmp_path / "shards.py", tmp_path / "saved", *args, processes=3)
+    folder = tmp_path / "saved/step_000007"
+    moments = {key: t for key, t in load_file(folder / "optimizer.safetensors").items() if "exp_avg" in key}
+    for key, t in (weights(folder, lora=not more) | moments).items():
+        factor = 2 if key.endswith("exp_avg") else 3 if key.endswith("exp_avg_sq") else 1
+        parts = torch.zeros_like(t).chunk(3)
+        truth = torch.cat([100 * rank + torch.arange(part.numel()).view(part.shape) for rank, part in enumerate(parts)])
+        assert torch.equal(t, factor * truth.float()), key
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -290,5 +361,9 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
         train.main(arguments(tmp_path, "run", "--resume", "latest"))
     with pytest.raises(ValueError, match="--learning_rate was 0.01 there, now it is 0.5"):
         train.main(arguments(tmp_path, "run", "--max_steps", 2, "--learning_rate", 0.5, "--resume", "latest"))
-    with pytest.raises(FileNotFoundError, match="elsewhere/meta.json"):
-        train.main(arguments(tmp_path, "run", "--max_steps", 2, "--resume", tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match="step_1/meta.json does not exist"):
+        train.main(arguments(tmp_path, "run", "--max_steps", 2, "--resume", "step_1"))
+    (tmp_path / "run/checkpoints/latest").write_text("../../elsewhere\n")
+    for name in ("latest", "../elsewhere"):
+        with pytest.raises(ValueError, match="elsewhere' is no checkpoint; need 'latest' or a folder of"):
+            train.main(arguments(tmp_path, "run", "--max_steps", 2, "--resume", name))
