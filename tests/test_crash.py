@@ -1,6 +1,7 @@
 """Nothing is lost: runs that are killed, disks that are full, hosts that go away. What is left goes on, bitwise as if nothing had been."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,8 +129,21 @@ def wait_for(condition):
     raise TimeoutError
 
 
-def test_two_hosts_go_on_after_the_death_of_a_process_and_of_a_host(tmp_path):
-    """Two launchers of two processes each stand for two hosts. One process dies, and all are started again; then a whole host
+@pytest.fixture
+def hosts():
+    """Two hosts, as (start of a command line, address): network namespaces joined by a cable where we may make them, else both are this one."""
+    a, b = (f"revela{os.getpid()}{x}" for x in "ab")
+    join = [f"ip netns add {a}", f"ip netns add {b}", f"ip link add eth0 netns {a} type veth peer name eth0 netns {b}"]
+    for name, address in ((a, "10.9.8.1"), (b, "10.9.8.2")):
+        join += [f"ip -n {name} addr add {address}/24 dev eth0", f"ip -n {name} link set eth0 up", f"ip -n {name} link set lo up"]
+    joined = shutil.which("ip") and all(subprocess.run(line.split(), stderr=subprocess.DEVNULL).returncode == 0 for line in join)
+    yield [(["ip", "netns", "exec", a], "10.9.8.1"), (["ip", "netns", "exec", b], "10.9.8.2")] if joined else [([], "localhost")] * 2
+    for name in (a, b) if shutil.which("ip") else ():
+        subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+
+
+def test_two_hosts_go_on_after_the_death_of_a_process_and_of_a_host(tmp_path, hosts):
+    """Two launchers, each on a host of its own with two processes. One process dies, and all are started again; then a whole host
     dies, and is started again by hand. The others wait for it and all go on from the last checkpoint. Not bitwise: DDP lays gradients
     out anew after its first update, and with that changes the order in which those of four processes are summed."""
     args = lambda out: arguments(tmp_path, out, "--gradient_accumulation_steps", 1, "--max_steps", 30, "--save_steps", 2, "--lora_dropout", 0.3,
@@ -138,26 +152,27 @@ def test_two_hosts_go_on_after_the_death_of_a_process_and_of_a_host(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | ({"GLOO_SOCKET_IFNAME": "eth0"} if hosts[0][0] else {})
 
-    def host(n):
+    def start(n):
+        enter, address = hosts[n]
         (tmp_path / f"host{n}.py").write_text(HEAD + DYING)
-        start = ["--nnodes=2", "--nproc_per_node=2", "--max-restarts=9", "--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint=localhost:{port}",
-                 "--local_addr=localhost", f"--rdzv_conf=is_host={1 - n}"]  # fmt: skip
-        words = [sys.executable, "-m", "torch.distributed.run", *start, tmp_path / f"host{n}.py", tmp_path / "died", *args("hosts")]
+        torchrun = [*enter, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--max-restarts=9", "--rdzv_backend=c10d",
+                    "--rdzv_id=1", f"--rdzv_endpoint={hosts[0][1]}:{port}", f"--local_addr={address}", f"--rdzv_conf=is_host={1 - n}"]  # fmt: skip
+        words = [*torchrun, tmp_path / f"host{n}.py", tmp_path / "died", *args("hosts")]
         with open(tmp_path / f"log{n}", "a") as log:
             return subprocess.Popen([str(word) for word in words], env=env, stdout=log, stderr=log)
 
-    hosts = [host(0), host(1)]
+    runs = [start(0), start(1)]
     file = tmp_path / "hosts/metrics.jsonl"
     reached = lambda step: file.exists() and f'"step": {step},' in file.read_text()
     try:
         wait_for(lambda: (tmp_path / "died").exists() and reached(9))
         subprocess.run(["pkill", "-9", "-f", str(tmp_path / "host1.py")])
-        assert hosts[1].wait() == -signal.SIGKILL
+        assert runs[1].wait() == -signal.SIGKILL
         assert not reached(30)
-        hosts[1] = host(1)
-        assert [h.wait(timeout=300) for h in hosts] == [0, 0], (tmp_path / "log0").read_text()
+        runs[1] = start(1)
+        assert [run.wait(timeout=300) for run in runs] == [0, 0], (tmp_path / "log0").read_text()
     finally:
         subprocess.run(["pkill", "-9", "-f", str(tmp_path / "host")])
     same(tmp_path / "whole", tmp_path / "hosts", 1e-5)
