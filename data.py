@@ -73,6 +73,12 @@ class Tokenizer:
         rows = self.lm_ids([PREFIX[kind] + text for text in texts], max_len - 1)
         return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
 
+    def second_half_ids(self, texts, max_len):
+        """Token ids of what the queries of ratio 0.5 leave out of `texts`, as passages: prefix, second half, EOS."""
+        query, passage = self.lm_ids([prefix.strip() for prefix in (PREFIX["query"], PREFIX["passage"])], max_len)
+        rows = self.lm_ids([PREFIX["query"] + text for text in texts], max_len - 1)
+        return [(passage + row[max(len(query), int(len(row) * 0.5)) :])[: max_len - 1] + [self.eos_id] for row in rows]
+
 
 def pad(rows, value):
     """Lists of ids -> ids [N, T] int64 and mask [N, T] bool, padded on the right to the length of the longest, rounded up
@@ -84,20 +90,25 @@ def pad(rows, value):
     return ids, mask
 
 
-def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False):
+def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False, second_half=False):
     """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
 
     `first_half`: the query of a passage is its first half, so that predicting the second half is what retrieval pays
     for; groups with src "stackoverflow" keep the whole passage (as published: there a question comes with its answers).
+    `second_half`: every query is a first half, and its passage is the second: the two have no token in common.
     """
     texts = [text for group, _ in groups for text in group]
     queries = []
     for group, src in groups:
-        ratio = 0.5 if first_half and src != "stackoverflow" else 1.0
+        ratio = 0.5 if second_half or (first_half and src != "stackoverflow") else 1.0
         queries += tokenizer.retriever_ids(group, "query", passage_max_len, ratio)
+    if second_half:
+        passages = tokenizer.second_half_ids(texts, passage_max_len)
+    else:
+        passages = tokenizer.retriever_ids(texts, "passage", passage_max_len)
     rows = {
         "query": (queries, tokenizer.eos_id),
-        "passage": (tokenizer.retriever_ids(texts, "passage", passage_max_len), tokenizer.eos_id),
+        "passage": (passages, tokenizer.eos_id),
         "lm": (lm_tokenizer.lm_ids(texts, passage_max_len), lm_tokenizer.eos_id),
     }
     batch = {}
