@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +302,26 @@ def split_passages(text, max_words=120):
             words = len(piece.split())
         passages[-1] += piece
     return [passage.strip() for passage in passages if passage.strip()]
+
+
+def read_passages(path):
+    """[(source, passage)] of a folder's UTF-8 text files, hidden ones left out, or of a JSON-lines file of {"text": ...}."""
+    path, texts = Path(path), []
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                with suppress(UnicodeDecodeError):  # not a text
+                    texts.append((str(name), file.read_text(encoding="utf-8-sig")))
+    else:
+        for number, row in read_lines(path):
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f'{path}:{number}: need an object with a text under "text"')
+            texts.append((str(row.get("_id", number)), f"{row.get('title') or ''} {row['text']}"))
+    passages = [(source, passage) for source, text in texts for passage in split_passages(text)]
+    if not passages:
+        raise ValueError(f"{path} holds no text")
+    return passages
 
 
 def group_by_document(documents, size, run_length, seed=0):

@@ -4,6 +4,7 @@
     python eval.py --bm25 --data scifact                  # the lexical baseline; with --model too: dense, bm25 and fused
     python eval.py --model BASE --adapter runs/smol/retriever --export FOLDER    # for transformers, sentence-transformers
     python eval.py --model BASE --adapter runs/smol/retriever --mteb SciFact     # by mteb (pip install mteb)
+    python eval.py --model BASE --adapter runs/smol/retriever --interactive NOTES    # ask your own texts
 
 A collection is a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv. Every document is scored against
 every query, exactly. A *run* is {query id: {document id: score}}, as deep as --top_k; *qrels* are {query id: {document
@@ -14,17 +15,20 @@ Shapes:   Q queries   P passages (documents)   D hidden_size   k results of a qu
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
+import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
 
-from data import BM25, PREFIX, read_beir
+from data import BM25, PREFIX, read_beir, read_passages
 from model import find, merge_lora, read_json, save_model, tune_allocator
 from revela import Retriever
 
@@ -97,12 +101,13 @@ def search(queries, passages, k, chunk=65536):
     return scores, indices
 
 
-def dense_run(retriever, corpus, queries, k=1000, out=None, **encode):
-    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result. `out`: see `encode`."""
+def dense_run(retriever, corpus, queries, k=1000, out=None, vectors=None, **encode):
+    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result. `out`: see `encode`.
+    `vectors` [P, D]: those of the corpus, if they are there already."""
     docids = list(corpus)
-    passages = retriever.encode(list(corpus.values()), "passage", out=out, **encode)  # [P, D]
-    vectors = retriever.encode(list(queries.values()), "query", **encode)  # [Q, D]
-    scores, indices = search(vectors, passages, k + 1)
+    if vectors is None:
+        vectors = retriever.encode(list(corpus.values()), "passage", out=out, **encode)  # [P, D]
+    scores, indices = search(retriever.encode(list(queries.values()), "query", **encode), vectors, k + 1)
     run = {}
     for qid, row, best in zip(queries, scores.tolist(), indices.tolist()):
         results = [(docids[i], score) for i, score in zip(best, row) if docids[i] != qid]
@@ -110,9 +115,10 @@ def dense_run(retriever, corpus, queries, k=1000, out=None, **encode):
     return run
 
 
-def bm25_run(corpus, queries, k=1000):
-    """The run of BM25. Documents that share no word with the query are not results, nor is one with the query's id."""
-    docids, index, run = list(corpus), BM25(corpus.values()), {}
+def bm25_run(corpus, queries, k=1000, index=None):
+    """The run of BM25. Documents that share no word with the query are not results, nor is one with the query's id.
+    `index`: the corpus's BM25, if it is there already."""
+    docids, index, run = list(corpus), index or BM25(corpus.values()), {}
     for qid, text in queries.items():
         scores = index.scores(text)
         best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
@@ -139,6 +145,36 @@ def show(run, collection, n=3, depth=3):
         print(f"  query: {queries[qid]}")
         for docid in docids[:depth]:
             print(f"    {'*' if qrels[qid].get(docid, 0) > 0 else ' '} {run[qid][docid]:.3f}  {corpus[docid]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# questions at a prompt
+
+
+def interactive(path, retriever, bm25, folder=None, progress=False, **encode):
+    """Answer questions from stdin with the best five passages of `path` (see `read_passages`), until an empty line: by
+    `retriever`, BM25 or the sum of both. Vectors are kept in `folder` under a name made of a hash of the passages and of
+    what the model makes of a text, so that the next start finds them."""
+    sources, passages = zip(*read_passages(path))
+    corpus, index, vectors = dict(enumerate(passages)), BM25(passages) if bm25 else None, None
+    if retriever:
+        made_from = json.dumps([retriever.encode(["a text"], **encode).tolist(), encode["max_len"], passages])
+        name = f"{Path(path).resolve().name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.npy"
+        if folder and Path(folder, name).exists():
+            vectors = torch.from_numpy(np.load(Path(folder, name), mmap_mode="c"))
+        else:
+            vectors = retriever.encode(passages, "passage", out=folder and Path(folder, name), progress=progress, **encode)  # [P, D]
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    print(f"{len(passages):,} passages of {len(set(sources)):,} texts; an empty line ends")
+    with suppress(EOFError, KeyboardInterrupt):
+        while question := input("\n> ").strip():
+            dense = [dense_run(retriever, corpus, {"": question}, vectors=vectors, **encode)] if retriever else []
+            runs = dense + ([bm25_run(corpus, {"": question}, index=index)] if bm25 else [])
+            run = fuse(*runs) if len(runs) > 1 else runs[0]
+            for i in rank(run)[""][:5]:
+                print(f"{run[''][i]:7.3f}  {sources[i]}\n         {textwrap.shorten(passages[i], 200, placeholder=' ...')}")
+            if not run[""]:
+                print("nothing found")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,16 +277,18 @@ def main(argv=None):
     add("--bm25", action="store_true", help="evaluate BM25; with --model too, the sum of both as well")
     add("--mteb", nargs="+", default=[], metavar="TASK", help="tasks for mteb to evaluate, which must be installed")
     add("--export", metavar="FOLDER", help="write the model, adapter merged, for transformers and sentence-transformers")
+    add("--interactive", metavar="NOTES", help="then ask a folder of text files, or a JSON-lines file of {\"text\": ...}, at a prompt")
     add("--out", help="JSON file to write; must not exist")
-    add("--vectors", metavar="FOLDER", help="keep the passages' vectors in FOLDER/DATA.npy, and only a part of them in memory")
+    add("--vectors", metavar="FOLDER", help="keep the passages' vectors in FOLDER/DATA.npy, and only a part of them in memory; "
+        "--interactive finds those of the same texts and model there again")  # fmt: skip
     add("--max_len", type=int, help="tokens of a text that are read, EOS included (default: as the adapter or model says, else 512)")
     add("--top_k", type=int, default=1000, help="documents retrieved for each query")
     add("--batch_tokens", type=int, default=16384, help="tokens in a batch when encoding")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of weights and arithmetic")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
     args = parser.parse_args(argv)
-    if not (args.data and (args.model or args.bm25) or args.model and (args.mteb or args.export)):
-        raise ValueError("nothing to do: give --data with --model, --bm25 or both; or --model with --mteb or --export")
+    if not ((args.data or args.interactive) and (args.model or args.bm25) or args.model and (args.mteb or args.export)):
+        raise ValueError("nothing to do: give --data or --interactive with --model, --bm25 or both; or --model with --mteb or --export")
     if args.adapter and not args.model:
         raise ValueError("--adapter needs the --model it belongs to")
     for path in (args.out, args.export):
@@ -297,6 +335,8 @@ def main(argv=None):
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
     if args.out:
         Path(args.out).write_text(json.dumps({"config": vars(args), "results": results}, indent=1) + "\n")
+    if args.interactive:
+        interactive(args.interactive, retriever, args.bm25, args.vectors, **options)
 
 
 if __name__ == "__main__":
