@@ -5,6 +5,7 @@
     python eval.py --model BASE --adapter runs/smol/retriever --export FOLDER    # for transformers, sentence-transformers
     python eval.py --model BASE --adapter runs/smol/retriever --mteb SciFact     # by mteb (pip install mteb)
     python eval.py --model BASE --adapter runs/smol/retriever --interactive NOTES    # ask your own texts
+    python eval.py --plot curves.svg runs/smol            # draw the training (pip install matplotlib)
 
 A collection is a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv. Every document is scored against
 every query, exactly. A *run* is {query id: {document id: score}}, as deep as --top_k; *qrels* are {query id: {document
@@ -28,7 +29,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from data import BM25, PREFIX, read_beir, read_passages
+from data import BM25, PREFIX, read_beir, read_lines, read_passages
 from model import find, merge_lora, read_json, save_model, tune_allocator
 from revela import Retriever
 
@@ -102,8 +103,7 @@ def search(queries, passages, k, chunk=65536):
 
 
 def dense_run(retriever, corpus, queries, k=1000, out=None, vectors=None, **encode):
-    """The run of a Retriever. As in BEIR, a document that has the query's own id is not a result. `out`: see `encode`.
-    `vectors` [P, D]: those of the corpus, if they are there already."""
+    """The run of a Retriever (`vectors`: the corpus's). As in BEIR, no document is found by a query of its own id. `out`: see `encode`."""
     docids = list(corpus)
     if vectors is None:
         vectors = retriever.encode(list(corpus.values()), "passage", out=out, **encode)  # [P, D]
@@ -116,8 +116,7 @@ def dense_run(retriever, corpus, queries, k=1000, out=None, vectors=None, **enco
 
 
 def bm25_run(corpus, queries, k=1000, index=None):
-    """The run of BM25. Documents that share no word with the query are not results, nor is one with the query's id.
-    `index`: the corpus's BM25, if it is there already."""
+    """The run of BM25 (`index`). Documents that share no word with the query are not results, nor is one with the query's id."""
     docids, index, run = list(corpus), index or BM25(corpus.values()), {}
     for qid, text in queries.items():
         scores = index.scores(text)
@@ -152,9 +151,8 @@ def show(run, collection, n=3, depth=3):
 
 
 def interactive(path, retriever, bm25, folder=None, progress=False, **encode):
-    """Answer questions from stdin with the best five passages of `path` (see `read_passages`), until an empty line: by
-    `retriever`, BM25 or the sum of both. Vectors are kept in `folder` under a name made of a hash of the passages and of
-    what the model makes of a text, so that the next start finds them."""
+    """Answer questions from stdin with the five best passages of `path`, by `retriever`, BM25 or both, until an empty line. The
+    vectors' name in `folder` has a hash of the passages and of what the model makes of a text, by which they are found again."""
     sources, passages = zip(*read_passages(path))
     corpus, index, vectors = dict(enumerate(passages)), BM25(passages) if bm25 else None, None
     if retriever:
@@ -172,7 +170,7 @@ def interactive(path, retriever, bm25, folder=None, progress=False, **encode):
             runs = dense + ([bm25_run(corpus, {"": question}, index=index)] if bm25 else [])
             run = fuse(*runs) if len(runs) > 1 else runs[0]
             for i in rank(run)[""][:5]:
-                print(f"{run[''][i]:7.3f}  {sources[i]}\n         {textwrap.shorten(passages[i], 200, placeholder=' ...')}")
+                print(f"{run[''][i]:7.3f}  {sources[i]}\n         {textwrap.shorten(passages[i], 200)}")
             if not run[""]:
                 print("nothing found")
 
@@ -261,6 +259,29 @@ def mteb_results(encoder, tasks):
     return results
 
 
+def plot(file, runs, results):
+    """Draw the updates of `runs`, run folders or their metrics.jsonl by any name, and lines at the nDCG@10 of `results`."""
+    try:
+        from matplotlib import figure, rcParams
+    except ImportError:
+        raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from None
+    rcParams.update({"font.size": 13, "svg.hashsalt": "0", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
+    picture = figure.Figure(figsize=(6, 9), layout="tight")
+    panels = picture.subplots(3, sharex=True)
+    for n, run in enumerate(map(Path, runs)):
+        rows = [row for _, row in read_lines(run / "metrics.jsonl" if run.is_dir() else run)]
+        color = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")[n % 5]  # Okabe and Ito's, told apart by marks too
+        for axes, name, label in zip(panels, ("ndcg@10", "loss", "max_weight"), ("nDCG@10", "loss", "mean largest weight")):
+            x, y = [row["step"] for row in rows if name in row], [row[name] for row in rows if name in row]
+            axes.plot(x, y, "os^Dv"[n % 5] + "-", color=color, markersize=4, label=run.resolve().name.removesuffix("-metrics.jsonl"))
+            axes.set_ylabel(label)
+    for r in results:
+        panels[0].axhline(r["ndcg@10"], color="black", linewidth=1, linestyle=":", label=f"{r['system']} on {r['data']}")
+    panels[0].legend(frameon=False)
+    panels[2].set_xlabel("updates")
+    picture.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -277,21 +298,21 @@ def main(argv=None):
     add("--bm25", action="store_true", help="evaluate BM25; with --model too, the sum of both as well")
     add("--mteb", nargs="+", default=[], metavar="TASK", help="tasks for mteb to evaluate, which must be installed")
     add("--export", metavar="FOLDER", help="write the model, adapter merged, for transformers and sentence-transformers")
-    add("--interactive", metavar="NOTES", help="then ask a folder of text files, or a JSON-lines file of {\"text\": ...}, at a prompt")
+    add("--interactive", metavar="NOTES", help='ask a folder of text files, or a JSON-lines file of {"text": ...}, at a prompt')
+    add("--plot", nargs="+", default=[], metavar=("FILE", "RUN"), help="draw run folders into FILE (.svg, .png); results of --data as lines")
     add("--out", help="JSON file to write; must not exist")
-    add("--vectors", metavar="FOLDER", help="keep the passages' vectors in FOLDER/DATA.npy, and only a part of them in memory; "
-        "--interactive finds those of the same texts and model there again")  # fmt: skip
+    add("--vectors", metavar="FOLDER", help="keep passages' vectors in FOLDER/DATA.npy, a part of them in memory; --interactive finds its own again")
     add("--max_len", type=int, help="tokens of a text that are read, EOS included (default: as the adapter or model says, else 512)")
     add("--top_k", type=int, default=1000, help="documents retrieved for each query")
     add("--batch_tokens", type=int, default=16384, help="tokens in a batch when encoding")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of weights and arithmetic")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
     args = parser.parse_args(argv)
-    if not ((args.data or args.interactive) and (args.model or args.bm25) or args.model and (args.mteb or args.export)):
-        raise ValueError("nothing to do: give --data or --interactive with --model, --bm25 or both; or --model with --mteb or --export")
+    if not ((args.data or args.interactive) and (args.model or args.bm25) or args.model and (args.mteb or args.export) or args.plot[1:]):
+        raise ValueError("nothing to do: give --data or --interactive with --model, --bm25 or both; --model with --mteb or --export; or --plot")
     if args.adapter and not args.model:
         raise ValueError("--adapter needs the --model it belongs to")
-    for path in (args.out, args.export):
+    for path in (args.out, args.export, *args.plot[:1]):
         if path and Path(path).exists():
             raise ValueError(f"{path} exists already; remove it or choose another name")
 
@@ -335,6 +356,8 @@ def main(argv=None):
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
     if args.out:
         Path(args.out).write_text(json.dumps({"config": vars(args), "results": results}, indent=1) + "\n")
+    if args.plot:
+        plot(args.plot[0], args.plot[1:], results)
     if args.interactive:
         interactive(args.interactive, retriever, args.bm25, args.vectors, **options)
 

@@ -207,6 +207,12 @@ def test_without_mteb_it_says_what_to_install(monkeypatch):
         mteb_results(None, ["SciFact"])
 
 
+def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        main(["--plot", str(tmp_path / "curves.svg"), str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
