@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,12 @@ class Tokenizer:
         rows = self.lm_ids([PREFIX[kind] + text for text in texts], max_len - 1)
         return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
 
+    def second_half_ids(self, texts, max_len):
+        """Token ids of what the queries of ratio 0.5 leave out of `texts`, as passages: prefix, second half, EOS."""
+        query, passage = self.lm_ids([prefix.strip() for prefix in (PREFIX["query"], PREFIX["passage"])], max_len)
+        rows = self.lm_ids([PREFIX["query"] + text for text in texts], max_len - 1)
+        return [(passage + row[max(len(query), int(len(row) * 0.5)) :])[: max_len - 1] + [self.eos_id] for row in rows]
+
 
 def pad(rows, value):
     """Lists of ids -> ids [N, T] int64 and mask [N, T] bool, padded on the right to the length of the longest, rounded up
@@ -84,20 +91,25 @@ def pad(rows, value):
     return ids, mask
 
 
-def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False):
+def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False, second_half=False):
     """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
 
     `first_half`: the query of a passage is its first half, so that predicting the second half is what retrieval pays
     for; groups with src "stackoverflow" keep the whole passage (as published: there a question comes with its answers).
+    `second_half`: every query is a first half, and its passage is the second: the two have no token in common.
     """
     texts = [text for group, _ in groups for text in group]
     queries = []
     for group, src in groups:
-        ratio = 0.5 if first_half and src != "stackoverflow" else 1.0
+        ratio = 0.5 if second_half or (first_half and src != "stackoverflow") else 1.0
         queries += tokenizer.retriever_ids(group, "query", passage_max_len, ratio)
+    if second_half:
+        passages = tokenizer.second_half_ids(texts, passage_max_len)
+    else:
+        passages = tokenizer.retriever_ids(texts, "passage", passage_max_len)
     rows = {
         "query": (queries, tokenizer.eos_id),
-        "passage": (tokenizer.retriever_ids(texts, "passage", passage_max_len), tokenizer.eos_id),
+        "passage": (passages, tokenizer.eos_id),
         "lm": (lm_tokenizer.lm_ids(texts, passage_max_len), lm_tokenizer.eos_id),
     }
     batch = {}
@@ -290,6 +302,26 @@ def split_passages(text, max_words=120):
             words = len(piece.split())
         passages[-1] += piece
     return [passage.strip() for passage in passages if passage.strip()]
+
+
+def read_passages(path):
+    """[(source, passage)] of a folder's UTF-8 text files, hidden ones left out, or of a JSON-lines file of {"text": ...}."""
+    path, texts = Path(path), []
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                with suppress(UnicodeDecodeError):  # not a text
+                    texts.append((str(name), file.read_text(encoding="utf-8-sig")))
+    else:
+        for number, row in read_lines(path):
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f'{path}:{number}: need an object with a text under "text"')
+            texts.append((str(row.get("_id", number)), f"{row.get('title') or ''} {row['text']}"))
+    passages = [(source, passage) for source, text in texts for passage in split_passages(text)]
+    if not passages:
+        raise ValueError(f"{path} holds no text")
+    return passages
 
 
 def group_by_document(documents, size, run_length, seed=0):

@@ -4,6 +4,8 @@
     python eval.py --bm25 --data scifact                  # the lexical baseline; with --model too: dense, bm25 and fused
     python eval.py --model BASE --adapter runs/smol/retriever --export FOLDER    # for transformers, sentence-transformers
     python eval.py --model BASE --adapter runs/smol/retriever --mteb SciFact     # by mteb (pip install mteb)
+    python eval.py --model BASE --adapter runs/smol/retriever --interactive NOTES    # ask your own texts
+    python eval.py --plot curves.svg runs/smol            # draw the training (pip install matplotlib)
     torchrun --nproc_per_node=8 eval.py --model BASE ...  # each process encodes and searches its part of the documents
 
 A collection is a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv. Every document is scored against
@@ -15,11 +17,14 @@ Shapes:   Q queries   P passages (documents)   D hidden_size   k results of a qu
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
+import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import BM25, PREFIX, read_beir
+from data import BM25, PREFIX, read_beir, read_lines, read_passages
 from model import find, merge_lora, read_json, save_model, tune_allocator
 from revela import Retriever
 
@@ -150,9 +155,9 @@ def dense_run(retriever, corpus, queries, k=1000, out=None, **encode):
     return run
 
 
-def bm25_run(corpus, queries, k=1000):
-    """The run of BM25. Documents that share no word with the query are not results, nor is one with the query's id."""
-    docids, index, run = list(corpus), BM25(corpus.values()), {}
+def bm25_run(corpus, queries, k=1000, index=None):
+    """The run of BM25 (`index`). Documents that share no word with the query are not results, nor is one with the query's id."""
+    docids, index, run = list(corpus), index or BM25(corpus.values()), {}
     for qid, text in queries.items():
         scores = index.scores(text)
         best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
@@ -179,6 +184,37 @@ def show(run, collection, n=3, depth=3):
         print(f"  query: {queries[qid]}")
         for docid in docids[:depth]:
             print(f"    {'*' if qrels[qid].get(docid, 0) > 0 else ' '} {run[qid][docid]:.3f}  {corpus[docid]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# questions at a prompt
+
+
+def interactive(path, retriever, bm25, folder=None, progress=False, **encode):
+    """Answer questions from stdin with the five best passages of `path`, by `retriever`, BM25 or both, until an empty line. The
+    vectors' name in `folder` has a hash of the passages and of what the model makes of a text, by which they are found again."""
+    sources, passages = zip(*read_passages(path))
+    corpus, index, vectors = dict(enumerate(passages)), BM25(passages) if bm25 else None, None
+    if retriever:
+        made_from = json.dumps([retriever.encode(["a text"], **encode).tolist(), encode["max_len"], passages])
+        name = f"{Path(path).resolve().name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.npy"
+        if folder and Path(folder, name).exists():
+            vectors = torch.from_numpy(np.load(Path(folder, name), mmap_mode="c"))
+        else:
+            vectors = retriever.encode(passages, "passage", out=folder and Path(folder, name), progress=progress, **encode)  # [P, D]
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    print(f"{len(passages):,} passages of {len(set(sources)):,} texts; an empty line ends")
+    with suppress(EOFError, KeyboardInterrupt):
+        while question := input("\n> ").strip():
+            runs = [bm25_run(corpus, {"": question}, index=index)] if bm25 else []
+            if retriever:
+                scores, best = search(retriever.encode([question], "query", **encode), vectors, 1000)
+                runs.append({"": dict(zip(best[0].tolist(), scores[0].tolist()))})
+            run = fuse(*runs) if len(runs) > 1 else runs[0]
+            for i in rank(run)[""][:5]:
+                print(f"{run[''][i]:7.3f}  {sources[i]}\n         {textwrap.shorten(passages[i], 200)}")
+            if not run[""]:
+                print("nothing found")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,6 +301,29 @@ def mteb_results(encoder, tasks):
     return results
 
 
+def plot(file, runs, results):
+    """Draw the updates of `runs`, run folders or their metrics.jsonl by any name, and lines at the nDCG@10 of `results`."""
+    try:
+        from matplotlib import figure, rcParams
+    except ImportError:
+        raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from None
+    rcParams.update({"font.size": 13, "svg.hashsalt": "0", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
+    picture = figure.Figure(figsize=(6, 9), layout="tight")
+    panels = picture.subplots(3, sharex=True)
+    for n, run in enumerate(map(Path, runs)):
+        rows = [row for _, row in read_lines(run / "metrics.jsonl" if run.is_dir() else run)]
+        color = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")[n % 5]  # Okabe and Ito's, told apart by marks too
+        for axes, name, label in zip(panels, ("ndcg@10", "loss", "max_weight"), ("nDCG@10", "loss", "mean largest weight")):
+            x, y = [row["step"] for row in rows if name in row], [row[name] for row in rows if name in row]
+            axes.plot(x, y, "os^Dv"[n % 5] + "-", color=color, markersize=4, label=run.resolve().name.removesuffix("-metrics.jsonl"))
+            axes.set_ylabel(label)
+    for r in results:
+        panels[0].axhline(r["ndcg@10"], color="black", linewidth=1, linestyle=":", label=f"{r['system']} on {r['data']}")
+    panels[0].legend(frameon=False)
+    panels[2].set_xlabel("updates")
+    picture.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -281,19 +340,21 @@ def main(argv=None):
     add("--bm25", action="store_true", help="evaluate BM25; with --model too, the sum of both as well")
     add("--mteb", nargs="+", default=[], metavar="TASK", help="tasks for mteb to evaluate, which must be installed")
     add("--export", metavar="FOLDER", help="write the model, adapter merged, for transformers and sentence-transformers")
+    add("--interactive", metavar="NOTES", help='ask a folder of text files, or a JSON-lines file of {"text": ...}, at a prompt')
+    add("--plot", nargs="+", default=[], metavar=("FILE", "RUN"), help="draw run folders into FILE (.svg, .png); results of --data as lines")
     add("--out", help="JSON file to write; must not exist")
-    add("--vectors", metavar="FOLDER", help="keep the passages' vectors in FOLDER/DATA.npy, and only a part of them in memory")
+    add("--vectors", metavar="FOLDER", help="keep passages' vectors in FOLDER/DATA.npy, a part of them in memory; --interactive finds its own again")
     add("--max_len", type=int, help="tokens of a text that are read, EOS included (default: as the adapter or model says, else 512)")
     add("--top_k", type=int, default=1000, help="documents retrieved for each query")
     add("--batch_tokens", type=int, default=16384, help="tokens in a batch when encoding")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of weights and arithmetic")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     args = parser.parse_args(argv)
-    if not (args.data and (args.model or args.bm25) or args.model and (args.mteb or args.export)):
-        raise ValueError("nothing to do: give --data with --model, --bm25 or both; or --model with --mteb or --export")
+    if not ((args.data or args.interactive) and (args.model or args.bm25) or args.model and (args.mteb or args.export) or args.plot[1:]):
+        raise ValueError("nothing to do: give --data or --interactive with --model, --bm25 or both; --model with --mteb or --export; or --plot")
     if args.adapter and not args.model:
         raise ValueError("--adapter needs the --model it belongs to")
-    for path in (args.out, args.export):
+    for path in (args.out, args.export, *args.plot[:1]):
         if path and Path(path).exists():
             raise ValueError(f"{path} exists already; remove it or choose another name")
 
@@ -303,7 +364,7 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     say = print if rank == 0 else lambda *_: None
     if rank > 0:  # helps with the dense runs and leaves the rest to the first process
-        args.bm25, args.mteb, args.export, args.out = False, [], None, None
+        args.bm25, args.mteb, args.export, args.out, args.plot, args.interactive = False, [], None, None, [], None
     retriever = None
     if args.model:
         retriever = Retriever.from_pretrained(args.model, args.adapter, getattr(torch, args.dtype), device)
@@ -341,6 +402,10 @@ def main(argv=None):
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
     if args.out:
         Path(args.out).write_text(json.dumps({"config": vars(args), "results": results}, indent=1) + "\n")
+    if args.plot:
+        plot(args.plot[0], args.plot[1:], results)
+    if args.interactive:
+        interactive(args.interactive, retriever, args.bm25, args.vectors, **options)
     if world > 1:
         dist.barrier()  # a process that leaves while another still works would end the job for both
 

@@ -11,6 +11,8 @@ language model needs the right passages in view; the next-token loss therefore t
                     (C_ij: what the tokens of D_i read from K_j, V_j; see `model.in_batch_attention`)
     4. loss         next-token cross-entropy of the in-batch stream; the retriever learns through w alone
 
+Two other objectives on the same batches stand at the end, to compare with: `Replug` and `Contrastive`.
+
     retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
     vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
 
@@ -111,20 +113,27 @@ class Revela(nn.Module):
         self.inbatch_scale, self.dual_loss = inbatch_scale, dual_loss
         self.stats = {}  # of the last forward; tensors without gradient
 
-    def weights(self, batch):
-        """w [G, B, B] float32: how much passage i sees of passage j. Rows sum to one, the diagonal is zero."""
+    def similarities(self, batch):
+        """s [G, B, B] float32: the cosine of query i (rows) and passage j of a group."""
         p = self.retriever(batch["passage_ids"], batch["passage_mask"])  # [G, B, D]
         q = self.retriever(batch["query_ids"], batch["query_mask"])  # [G, B, D]
-        with torch.autocast(p.device.type, enabled=False):  # similarities in float32: tau may be 1e-4
-            s = q @ p.transpose(1, 2)  # [G, B, B]
+        self.stats["spread"] = (1 - p.detach().flatten(0, 1).mean(0).square().sum()).sqrt()
+        with torch.autocast(p.device.type, enabled=False):  # in float32: tau may be 1e-4
+            return q @ p.transpose(1, 2)  # [G, B, B]
+
+    def weights(self, batch):
+        """w [G, B, B] float32: how much passage i sees of passage j. Rows sum to one, the diagonal is zero."""
+        s = self.similarities(batch)
         itself = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
         w = (s / self.attn_temperature).masked_fill(itself, -torch.inf).softmax(-1)
-        with torch.no_grad():
-            self.stats["max_weight"] = w.amax(-1).mean()
-            self.stats["weight_entropy"] = torch.special.entr(w).sum(-1).mean()
-            self.stats["dropped_weight"] = w.where(w <= NEGLIGIBLE, 0).sum(-1).mean()
-            self.stats["spread"] = (1 - p.flatten(0, 1).mean(0).square().sum()).sqrt()
+        self.observe(w.detach())
+        self.stats["dropped_weight"] = w.detach().where(w <= NEGLIGIBLE, 0).sum(-1).mean()
         return w
+
+    def observe(self, w):
+        """Statistics of distributions over passages, the rows of w."""
+        self.stats["max_weight"] = w.amax(-1).mean()
+        self.stats["weight_entropy"] = torch.special.entr(w).sum(-1).mean()
 
     def targets(self, batch):
         """[G, B, T-1] bool: the tokens, from the second on, that are predicted. Padding is not, nor is a token equal to
@@ -132,6 +141,10 @@ class Revela(nn.Module):
         ids = batch["lm_ids"][..., 1:]
         pad_id = self.lm.config.pad_token_id if self.lm.config.pad_token_id is not None else self.lm.config.eos_token_id
         return batch["lm_mask"][..., 1:].bool() & (ids != (-1 if pad_id is None else pad_id))
+
+    def count(self, batch):
+        """How many things the loss of `batch` is the mean of: its targets, or in the baselines below its passages."""
+        return self.targets(batch).sum()
 
     def forward(self, batch):
         """batch {query,passage,lm}_{ids,mask}, each [G, B, T] -> the mean loss over the batch's targets (scalar)."""
@@ -186,3 +199,76 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, d_total):
         d_hidden, d_W = ctx.saved_tensors
         return d_hidden * d_total, d_W if d_W is None else d_W * d_total, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# baselines: the same batches and the same retriever, but other losses, which leave the language model as it is
+
+
+class Replug(Revela):
+    """REPLUG LSR (Shi et al. 2023, arXiv 2301.12652): retrieve what helps a frozen language model that reads it before D_i.
+
+        l_ij = mean over the second half of the tokens of D_i of log p_lm(token | D_j and D_i up to that token)
+        P_i  = softmax over j != i of s_ij / tau         Q_i = softmax over j != i of l_ij / beta
+        loss = mean over i of KL(P_i || Q_i) = sum over j of P_ij log(P_ij / Q_ij)
+
+    This is the paper's direction, from its P_R (the retriever, which learns) to its Q_LM. beta is `lm_temperature`.
+    """
+
+    def __init__(self, retriever, lm, attn_temperature, lm_temperature):
+        super().__init__(retriever, lm, attn_temperature)
+        self.lm_temperature = lm_temperature
+
+    def count(self, batch):
+        return torch.tensor(batch["lm_ids"].shape[:2].numel())  # G * B
+
+    def forward(self, batch):
+        s, l = self.similarities(batch), self.likelihoods(batch)  # [G, B, B]
+        G, B, _ = s.shape
+        others = ~torch.eye(B, dtype=torch.bool, device=s.device)
+        log_p = (s[:, others].view(G, B, B - 1) / self.attn_temperature).log_softmax(-1)
+        log_q = (l[:, others].view(G, B, B - 1) / self.lm_temperature).log_softmax(-1)
+        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        self.observe(log_p.detach().exp())
+        self.stats["loss"] = loss.detach()
+        return loss
+
+    @torch.no_grad()
+    def likelihoods(self, batch, batch_tokens=2**14, chunk=2**23):
+        """l [G, B, B] float32, zero on the diagonal. `batch_tokens` tokens at a time run, `chunk` logits exist at once."""
+        self.lm.eval()  # no dropout
+        B, T = batch["lm_ids"].shape[1:]
+        ids, mask = batch["lm_ids"].flatten(0, 1), batch["lm_mask"].flatten(0, 1)  # [N, T]
+        n, row = mask.sum(-1), torch.arange(len(ids), device=ids.device)
+        l = torch.zeros(len(ids), B, device=ids.device)  # [N, B]
+        pairs = ((row[:, None] // B == row // B) & (row[:, None] != row)).nonzero()  # [P, 2]
+        for i, j in (p.T for p in pairs.split(max(1, batch_tokens // (2 * T)))):
+            texts, real = torch.cat([ids[j], ids[i]], 1), torch.cat([mask[j], mask[i]], 1)  # [P, 2T]
+            order = (~real).int().argsort(dim=1, stable=True)  # D_j, D_i, and what was padding behind either
+            at, start, end = torch.arange(1, 2 * T, device=ids.device), n[j] + n[i] // 2, n[j] + n[i]
+            scored = (start[:, None] <= at) & (at < end[:, None])  # [P, 2T-1]: from the second token on
+            texts = texts.gather(1, order)
+            hidden, targets = self.lm(texts)[:, :-1][scored], texts[:, 1:][scored]  # [M, D] and [M]
+            size = max(1, chunk // self.lm.config.vocab_size)
+            pieces = zip(hidden.split(size), targets.split(size))
+            log_p = -torch.cat([F.cross_entropy(self.lm.logits(h).float(), t, reduction="none") for h, t in pieces])  # [M]
+            l[i, j % B] = torch.zeros(scored.shape, device=ids.device).masked_scatter(scored, log_p).sum(1) / scored.sum(1)
+        return l.view(-1, B, B)
+
+
+class Contrastive(Revela):
+    """InfoNCE between the halves of passages, with the group's other passages as negatives; no language model is needed.
+
+        loss = mean over i of -log of (softmax over all j of s_ij / tau) at j = i
+
+    The queries must be first halves and the passages second halves: `collate(..., second_half=True)` makes such batches.
+    """
+
+    count = Replug.count
+
+    def forward(self, batch):
+        log_p = (self.similarities(batch) / self.attn_temperature).log_softmax(-1)  # [G, B, B]
+        loss = -log_p.diagonal(dim1=1, dim2=2).mean()
+        self.observe(log_p.detach().exp())
+        self.stats["loss"] = loss.detach()
+        return loss

@@ -7,8 +7,8 @@
 
 An update is over `gradient_accumulation_steps` micro-batches on each process, of `groups_per_device` groups of
 `train_group_size` passages. Passages see each other within their group alone: more accumulation or more processes mean
-more groups in an update, not larger ones. The loss of an update is the mean over all of its tokens, however they are
-spread over micro-batches and processes.
+more groups in an update, not larger ones. The loss of an update is the mean over all of its tokens (with another
+--objective: passages), however they are spread over micro-batches and processes.
 
 A run folder (--out) holds config.json (all arguments), metrics.jsonl, checkpoints/, and at the end retriever/ and lm/:
 PEFT adapters after LoRA training, whole Hugging Face checkpoints after full training (--lora_r 0).
@@ -41,7 +41,7 @@ from data import Groups, Tokenizer, collate, group_order, read_beir, write_toy_w
 from eval import dense_run, leave, measure, setup, show, write_encoding
 from model import (LORA_TARGETS, Llama, add_lora, find, load_adapter, read_json, read_safetensors, save_adapter, save_model,
                    tune_allocator)  # fmt: skip
-from revela import Retriever, Revela
+from revela import Contrastive, Replug, Retriever, Revela
 
 # ----------------------------------------------------------------------------------------------------------------------
 # arguments
@@ -77,11 +77,15 @@ def parse_args(argv=None):
     add("--lm", help="base model of the language model (default: --model)")
     add("--retriever_adapter", help="start the retriever from this LoRA adapter (its rank, alpha and layers count)")
     add("--lm_adapter", help="start the language model from this LoRA adapter")
+    add("--objective", choices=("revela", "replug", "contrastive"), default="revela",
+        help="what is trained for. replug, contrastive: the baselines of revela.py, which train the retriever alone (they imply "
+        "--freeze_lm) and have no in-batch attention. contrastive implies --first_half, and does not use --lm")  # fmt: skip
     add("--freeze_lm", action="store_true", help="train the retriever alone")
     add("--out", default="runs/revela", help="run folder to write; must not hold a run, unless it is resumed")
     add("--resume", help="'latest', or the name of a folder under checkpoints/, such as step_000500: go on from there")
     add = parser.add_argument_group("method").add_argument
     add("--attn_temperature", type=float, default=1e-4, help="tau of the softmax over similarities")
+    add("--lm_temperature", type=float, default=0.1, help="replug: beta of the softmax over the language model's likelihoods")
     add("--inbatch_scale", type=float, default=1.0, help="factor on what passages read from each other; 1: as published")
     add("--no_inbatch", action="store_true", help="the control: no in-batch attention, so nothing reaches the retriever")
     add("--no_v_norm", action="store_true", help="leave V-norm out of the in-batch attention")
@@ -127,6 +131,10 @@ def parse_args(argv=None):
         raise ValueError("--data needs --model: the base model to train")
     if (args.retriever_adapter or args.lm_adapter) and not args.lora_r:
         raise ValueError("--lora_r 0 trains all weights: an adapter to start from must be merged first (eval.py --export)")
+    if args.objective != "revela" and (args.no_inbatch or args.strategy == "fsdp"):
+        raise ValueError(f"--objective {args.objective} has no in-batch attention to leave out, and goes with --strategy ddp alone")
+    args.freeze_lm |= args.objective != "revela"
+    args.first_half |= args.objective == "contrastive"
     return args
 
 
@@ -299,22 +307,22 @@ def restore(start, revela, optimizer):
 
 
 def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, world):
-    """One step of the optimizer on the mean loss over all tokens of the `micro_batches` of all processes.
+    """One step of the optimizer on the mean loss over all tokens (or passages) of the `micro_batches` of all processes.
 
-    `model` is a Revela, sharded or not, or the DDP around one. Returns {name: scalar tensor}: Revela's statistics, as this process's
-    addend to the mean over the update, and the gradient norms of both models before clipping. Raises FloatingPointError
-    before anything is changed if a gradient is not finite.
+    `model` is an objective of revela.py, sharded or not, or the DDP around one. Returns {name: scalar tensor}: its statistics,
+    as this process's addend to the mean over the update, and the gradient norms of both models before clipping. Raises
+    FloatingPointError before anything is changed if a gradient is not finite.
     """
     ddp = isinstance(model, DistributedDataParallel)
     revela = model.module if ddp else model
-    counts = [revela.targets(batch).sum() for batch in micro_batches]
-    all_targets = sum(counts).to(device)
+    counts = [revela.count(batch) for batch in micro_batches]
+    total = sum(counts).to(device)
     if world > 1:
-        dist.all_reduce(all_targets)
-    stats = {"tokens": sum(counts)}
+        dist.all_reduce(total)
+    stats = {"tokens": sum(revela.targets(batch).sum() for batch in micro_batches)}
     for i, batch in enumerate(micro_batches):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        share = counts[i].to(device) / all_targets
+        share = counts[i].to(device) / total
         last = i == len(micro_batches) - 1  # gradients meet once per update
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
@@ -382,7 +390,13 @@ def main(argv=None):
     scale = 0.0 if args.no_inbatch else args.inbatch_scale
     if scale == 0:
         retriever.requires_grad_(False)  # nothing will reach it
-    revela = model = Revela(retriever, lm, args.attn_temperature, not args.no_v_norm, scale, args.dual_loss)
+    if args.objective == "revela":
+        revela = Revela(retriever, lm, args.attn_temperature, not args.no_v_norm, scale, args.dual_loss)
+    elif args.objective == "replug":
+        revela = Replug(retriever, lm, args.attn_temperature, args.lm_temperature)
+    else:
+        revela = Contrastive(retriever, lm, args.attn_temperature)
+    model = revela
     if fsdp:
         shard(revela, device, dtype)
     elif world > 1:
@@ -400,12 +414,13 @@ def main(argv=None):
     collections = {Path(folder).resolve().name: read_beir(folder) for folder in args.eval_data or []}
     total = args.max_steps or math.ceil(args.num_train_epochs * len(groups) / per_update)
     order = group_order(len(groups), args.seed, first_step, total, rank, world, accumulation, args.groups_per_device)
+    halves = {"first_half": args.first_half, "second_half": args.objective == "contrastive"}
     tokenizers = {"tokenizer": retriever.tokenizer, "lm_tokenizer": Tokenizer(args.lm or args.model)}
     batches = iter(
         torch.utils.data.DataLoader(
             groups,
             batch_sampler=order,
-            collate_fn=partial(collate, passage_max_len=args.passage_max_len, first_half=args.first_half, **tokenizers),
+            collate_fn=partial(collate, **tokenizers, **halves, passage_max_len=args.passage_max_len),
             num_workers=2 * (device.type == "cuda") if args.num_workers is None else args.num_workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # its own, so that the loader does not draw from the one behind dropout

@@ -58,13 +58,13 @@ def tiny(tmp_path):
     return make_model(tmp_path / "tiny")
 
 
-def command(*args, processes=0, code=0, cwd=None):
+def command(*args, processes=0, code=0, cwd=None, stdin=None):
     """Run `python args...`, or torchrun with that many processes; check the exit code, return stdout and stderr."""
     start = [sys.executable]
     if processes:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     args = [str(ROOT / args[0]), *map(str, args[1:])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    done = subprocess.run([*start, *args], capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+    done = subprocess.run([*start, *args], capture_output=True, text=True, cwd=cwd, env=env, timeout=600, input=stdin)
     assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
     return done.stdout, done.stderr

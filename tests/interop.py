@@ -1,11 +1,12 @@
-"""Against transformers, peft and sentence-transformers themselves: CI's second step, since they are no requirements of ours.
+"""Against transformers, peft, sentence-transformers and matplotlib themselves: CI's second step, since they are no requirements of ours.
 
-    pip install transformers peft sentence-transformers
+    pip install transformers peft sentence-transformers matplotlib
     python -m pytest -q tests/interop.py
     python tests/interop.py FOLDER        # hidden states and logits of a real checkpoint, ours and transformers'
     python tests/interop.py --write       # make golden/families/, from which test_model.py checks the same without them
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from conftest import TEXTS, make_model, with_lora
 from safetensors.torch import load_file, save_file
+from test_data import write_beir
 
-from eval import export
+from eval import export, main
 from model import Llama, load_adapter, save_adapter, save_model
 from revela import Retriever
 
@@ -115,6 +117,30 @@ def test_sentence_transformers_encodes_an_export_as_we_do(tiny, tmp_path):
     for kind in truth:
         got = torch.tensor(theirs.encode(texts, prompt_name=kind))
         torch.testing.assert_close(got, truth[kind], rtol=0, atol=1e-4)
+
+
+def test_a_plot_draws_what_the_runs_metrics_say(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (figures.append(self), savefig(self, *args, **more)))
+    whole = [{"step": 0, "ndcg@10": 0.1}, {"step": 10, "loss": 4.0, "max_weight": 0.5}, {"step": 20, "loss": 3.5, "max_weight": 0.75},
+             {"step": 20, "ndcg@10": 0.3}]  # fmt: skip
+    control = [{"step": 10, "loss": 3.0}]  # --no_inbatch, without an evaluation
+    (tmp_path / "a").mkdir()
+    for file, rows in (("a/metrics.jsonl", whole), ("b-metrics.jsonl", control)):
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [str(tmp_path / "a"), str(tmp_path / "b-metrics.jsonl")]
+    data = write_beir(tmp_path / "world")
+    main(["--plot", str(tmp_path / "c.svg"), *runs, "--bm25", "--data", str(data)])
+    main(["--plot", str(tmp_path / "c.png"), *runs])
+    lines = [[(line.get_label(), *map(list, line.get_data())) for line in axes.lines] for axes in figures[0].axes]
+    assert lines[0][:2] == [("a", [0, 20], [0.1, 0.3]), ("b", [], [])] and lines[0][2][0] == "bm25 on world"
+    assert lines[1:] == [[("a", [10, 20], [4.0, 3.5]), ("b", [10], [3.0])], [("a", [10, 20], [0.5, 0.75]), ("b", [], [])]]
+    assert [axes.get_ylabel() for axes in figures[0].axes] == ["nDCG@10", "loss", "mean largest weight"]
+    assert "updates" in (tmp_path / "c.svg").read_text() and (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="c.svg exists already"):
+        main(["--plot", str(tmp_path / "c.svg"), *runs])
 
 
 if __name__ == "__main__":

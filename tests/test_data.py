@@ -38,6 +38,20 @@ def test_the_batch_is_what_the_design_says(tiny):
         assert (batch[name + "_ids"][~mask] == t.eos_id).all()
 
 
+def test_the_halves_of_a_passage_share_no_token_and_leave_none_out(tiny):
+    t = Tokenizer(tiny)
+    ids = lambda text: t.tokenizer.encode(text).ids
+    assert len(ids("query:")) != len(ids("passage:"))  # the halves must meet all the same
+    texts = ["the cat sees me.", "a dog", "x" * 80, "my bird"]
+    batch = collate([(texts[:2], None), (texts[2:], "stackoverflow")], t, t, passage_max_len=30, second_half=True)
+    for i, text in enumerate(texts):
+        query, passage = (batch[f"{name}_ids"].flatten(0, 1)[i][batch[f"{name}_mask"].flatten(0, 1)[i]].tolist() for name in ("query", "passage"))
+        whole, prefix = ids("query: " + text)[:29], len(ids("passage:"))
+        assert query == whole[: len(whole) // 2] + [t.eos_id]
+        assert passage[:prefix] == ids("passage:") and passage[-1] == t.eos_id
+        assert passage[prefix:-1] == whole[max(len(query) - 1, len(ids("query:"))) :]
+
+
 def test_a_bos_that_the_tokenizer_adds_is_kept(tiny):
     t = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
     t.post_processor = tokenizers.processors.TemplateProcessing(single="m $A", special_tokens=[("m", t.token_to_id("m"))])

@@ -1,8 +1,10 @@
 """eval.py: measures against trec_eval's own values, exact search, runs, and the command."""
 
+import io
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import torch
 from conftest import TEXTS, command, make_model, with_lora
 from test_data import write_beir
 
-from eval import MtebEncoder, bm25_run, dense_run, fuse, measure, mrr, mteb_results, ndcg, read_max_len, recall, search
+from data import read_passages
+from eval import MtebEncoder, bm25_run, dense_run, fuse, main, measure, mrr, mteb_results, ndcg, read_max_len, recall, search
 from model import Llama, save_adapter
 from revela import Retriever
 
@@ -111,6 +114,76 @@ def test_the_command_prints_a_table_and_writes_results(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# questions at a prompt
+
+
+def write_notes(folder):
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "cats.md").write_text("The cat sees milk.\n" + "It purrs, and purrs. " * 40)
+    (folder / "sub/dogs.py").write_text("# a dog likes the sun \N{DOG}\n")
+    (folder / ".git/config").write_text("milk")
+    (folder / "picture.png").write_bytes(b"\x89PNG milk")
+    return folder
+
+
+def answers(stdout):
+    """[(score, source)] of each question."""
+    results = [re.findall(r"^ *(-?\d+\.\d{3})  (\S+)$", block, re.M) for block in stdout.split("\n> ")[1:-1]]
+    return [[(float(score), source) for score, source in block] for block in results]
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    def run(asked, *args):
+        monkeypatch.setattr("sys.stdin", io.StringIO(asked))
+        main([str(arg) for arg in (*args, "--device", "cpu")])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_questions_about_a_folder_are_answered_with_passages_and_their_files(tiny, tmp_path, ask):
+    notes, asked = write_notes(tmp_path / "notes"), "milk of a cat\nzebra\n sun\n\nnever asked\n"
+    stdout, _ = command("eval.py", "--bm25", "--interactive", notes, stdin=asked)
+    assert stdout.startswith("3 passages of 2 texts") and stdout.count("> ") == 4 and "zebra" not in stdout
+    assert [[source for _, source in results] for results in answers(stdout)] == [["cats.md", "sub/dogs.py"], [], ["sub/dogs.py"]]
+    assert "nothing found" in stdout and "  The cat sees milk. It purrs, and" in stdout and max(map(len, stdout.splitlines())) < 220
+
+    dense = answers(ask(asked, "--model", tiny, "--interactive", notes, "--max_len", 64))
+    retriever = Retriever.from_pretrained(tiny)
+    passages = [passage for _, passage in read_passages(notes)]
+    for question, results in zip(asked.splitlines()[:3], dense, strict=True):
+        truth = retriever.encode([question.strip()], "query", max_len=64) @ retriever.encode(passages, max_len=64).T
+        assert [score for score, _ in results] == pytest.approx(sorted(truth[0].tolist(), reverse=True), abs=1e-3)
+    (both,) = answers(ask("milk", "--model", tiny, "--bm25", "--interactive", notes))
+    assert len(both) == 3 and both[0][0] >= 1  # a sum of two that are scaled to 1
+
+
+def test_vectors_are_found_again_only_for_the_same_texts_and_model(tiny, tmp_path, ask):
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text('{"_id": "x", "title": "Cats", "text": "see milk"}\n{"text": "a dog likes the sun"}\n')
+    assert read_passages(notes) == [("x", "Cats see milk"), ("2", "a dog likes the sun")]
+    sources = lambda *more: [s for _, s in answers(ask("milk\n", "--interactive", notes, "--vectors", tmp_path / "v", *more))[0]]
+    first = sources("--model", tiny)
+    assert sorted(first) == ["2", "x"]
+    (file,) = (tmp_path / "v").iterdir()
+    np.save(file, -np.load(file))  # so that it shows when they are read
+    assert sources("--model", tiny) == first[::-1]
+    sources("--model", make_model(tmp_path / "other", seed=1))
+    sources("--model", tiny, "--max_len", 99)
+    notes.write_text('{"text": "a dog"}\n')
+    sources("--model", tiny)
+    assert len(list((tmp_path / "v").iterdir())) == 4
+    notes.write_text('{"text": " "}\n')
+    with pytest.raises(ValueError, match="notes.jsonl holds no text"):
+        read_passages(notes)
+    notes.write_text('["a"]\n')
+    with pytest.raises(ValueError, match="notes.jsonl:1: need an object"):
+        read_passages(notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # to others
 
 
@@ -149,11 +222,18 @@ def test_without_mteb_it_says_what_to_install(monkeypatch):
         mteb_results(None, ["SciFact"])
 
 
+def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        main(["--plot", str(tmp_path / "curves.svg"), str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--data", "x"], "nothing to do: give --data with --model"),
-        (["--model", "x"], "nothing to do: give --data with --model"),
+        (["--data", "x"], "nothing to do: give --data or --interactive with --model"),
+        (["--model", "x"], "nothing to do: give --data or --interactive with --model"),
+        (["--interactive", "x"], "nothing to do: give --data or --interactive with --model"),
         (["--data", "x", "--bm25", "--adapter", "y"], "--adapter needs the --model"),
         (["--data", "nowhere", "--bm25"], "nowhere/corpus.jsonl"),
         (["--data", "x", "--bm"], "unrecognized arguments: --bm"),

@@ -1,6 +1,8 @@
 """The objective against the naive loops of naive.py: weights, losses, and the gradient of every LoRA matrix."""
 
 import argparse
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import bench
@@ -12,7 +14,8 @@ from conftest import TEXTS, make_model, with_lora
 
 from data import Tokenizer, collate
 from model import Llama
-from revela import Retriever, Revela
+from revela import Contrastive, Replug, Retriever, Revela
+from train import update
 
 
 def merged(llama):
@@ -33,13 +36,15 @@ def rows(batch, name, g):
     return [ids[mask].tolist() for ids, mask in zip(batch[name + "_ids"][g], batch[name + "_mask"][g])]
 
 
-def make(tmp_path, **changes):
+GROUPS = [([TEXTS[0], TEXTS[7] + " so.", "ok"], None), ([TEXTS[3], "a<eos> b", TEXTS[12]], "stackoverflow")]
+
+
+def make(tmp_path, groups=GROUPS, second_half=False, **changes):
     torch.manual_seed(1)
     base = make_model(tmp_path / "base", **changes)
     retriever = Retriever(with_lora(Llama.from_pretrained(base, head=False)), Tokenizer(base))
     lm = with_lora(Llama.from_pretrained(base))
-    groups = [([TEXTS[0], TEXTS[7] + " so.", "ok"], None), ([TEXTS[3], "a<eos> b", TEXTS[12]], "stackoverflow")]
-    return retriever, lm, collate(groups, retriever.tokenizer, retriever.tokenizer, 40, first_half=True)
+    return retriever, lm, collate(groups, retriever.tokenizer, retriever.tokenizer, 40, True, second_half)
 
 
 CASES = {
@@ -77,6 +82,83 @@ def test_loss_and_gradients_equal_naive_loops(case, tmp_path):
                 assert error < 1e-4, (name, error)
             else:
                 assert p.grad is None, name
+
+
+def likelihood(w, c, context, text):
+    """The mean log-likelihood of the second half of `text`'s tokens, read after `context` and its first half: a plain loop."""
+    ids, first = context + text, len(context) + len(text) // 2
+    hidden, total = naive.hidden_states(w, c, ids), 0
+    for t in range(first, len(ids)):
+        logits = w.get("lm_head.weight", w["embed_tokens.weight"]) @ hidden[t - 1]
+        total = total + logits[ids[t]] - torch.logsumexp(logits, 0)
+    return total / (len(ids) - first)
+
+
+@pytest.mark.parametrize("name", ["replug", "contrastive"])
+def test_a_baselines_loss_and_gradients_equal_naive_loops(name, tmp_path):
+    changes = dict(model_type="qwen2", tie_word_embeddings=False) if name == "replug" else {}
+    retriever, lm, batch = make(tmp_path, second_half=name == "contrastive", **changes)
+    for layer in lm.layers:
+        layer.mlp.down_proj.dropout.p = 0.5  # must not be in the scores
+    tau, beta = 0.2, 0.3
+    objective = Replug(retriever, lm, tau, beta) if name == "replug" else Contrastive(retriever, lm, tau)
+    loss = objective(batch)
+    loss.backward()
+
+    lora, w = merged(retriever.llama)
+    _, w_lm = merged(lm)
+    unit = lambda ids: torch.nn.functional.normalize(naive.hidden_states(w, retriever.llama.config, ids)[-1], dim=0)
+    truth, largest = 0, 0
+    for g in range(2):
+        q, p = ([unit(ids) for ids in rows(batch, kind, g)] for kind in ("query", "passage"))
+        texts = rows(batch, "lm", g)
+        for i in range(3):
+            js = [j for j in range(3) if name == "contrastive" or j != i]
+            e = {j: (q[i] @ p[j] / tau).exp() for j in js}
+            P = {j: e[j] / sum(e.values()) for j in js}
+            largest += max(P.values()).item() / 6
+            if name == "contrastive":
+                truth = truth - P[i].log() / 6
+            else:
+                with torch.no_grad():
+                    l = {j: (likelihood(w_lm, lm.config, texts[j], texts[i]) / beta).exp() for j in js}
+                truth = truth + sum(P[j] * (P[j] / (l[j] / sum(l.values()))).log() for j in js) / 6
+    truth.backward()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    assert objective.stats["max_weight"].item() == pytest.approx(largest, rel=1e-5)
+    assert objective.stats["loss"] == loss and int(objective.count(batch)) == 6
+    for n, p in retriever.llama.named_parameters():
+        if n in lora:
+            assert (p.grad.double() - lora[n].grad).abs().max() < 1e-4 * lora[n].grad.abs().max(), n
+    assert all(p.grad is None for p in lm.parameters())
+
+
+def test_the_pieces_of_replugs_likelihoods_change_nothing(tmp_path):
+    retriever, lm, batch = make(tmp_path)
+    replug = Replug(retriever, lm, 0.1, 0.1)
+    whole = replug.likelihoods(batch)
+    torch.testing.assert_close(whole, replug.likelihoods(batch, batch_tokens=100, chunk=900))
+    assert (whole == 0).sum() == 6  # the diagonals alone
+
+
+@pytest.mark.parametrize("name", ["revela", "replug", "contrastive"])
+def test_micro_batches_do_not_change_the_update(name, tmp_path):
+    """Four micro-batches of one group, of very different lengths, are one of four groups."""
+    groups = GROUPS + [(["a", "b", "c"], None), ([" ".join(TEXTS[i : i + 3]) for i in range(3)], None)]
+    results = []
+    for at in ([slice(0, 4)], [slice(g, g + 1) for g in range(4)]):
+        retriever, lm, _ = make(tmp_path)
+        lm.requires_grad_(name == "revela")
+        makes = {"revela": Revela, "replug": partial(Replug, lm_temperature=0.3), "contrastive": Contrastive}
+        objective = makes[name](retriever, lm, attn_temperature=0.2)
+        micro_batches = [collate(groups[g], retriever.tokenizer, retriever.tokenizer, 40, True, name == "contrastive") for g in at]
+        before = {n: p.detach().clone() for n, p in objective.named_parameters()}
+        sgd = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0)
+        stats = update(objective, micro_batches, sgd, 1e9, nullcontext, torch.device("cpu"), 1)
+        moved = {n: before[n] - p.detach() for n, p in objective.named_parameters() if p.requires_grad}
+        results.append(moved | {n: stats[n] for n in ("loss", "tokens", "grad_norm_retriever", "grad_norm_lm")})
+    for n, one in results[0].items():
+        assert (one - results[1][n]).abs().max() <= 1e-4 * one.abs().max(), n
 
 
 def test_the_eos_inside_a_text_is_seen_but_not_predicted(tmp_path):

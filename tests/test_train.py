@@ -239,6 +239,21 @@ def test_a_frozen_lm_is_not_touched_and_the_retriever_learns(tmp_path, more):
     assert all(torch.equal(truth[name], t) for name, t in load_file(file).items())
 
 
+@pytest.mark.parametrize("objective", ["replug", "contrastive"])
+def test_a_baseline_trains_the_retriever_alone_and_resumes_only_as_itself(tmp_path, objective):
+    args = arguments(tmp_path, "run", "--objective", objective, "--lora_dropout", 0.3, "--save_steps", 3)
+    train.main(args)
+    assert not (tmp_path / "run/lm").exists()
+    lines, truth = metrics(tmp_path / "run"), load_file(tmp_path / "run/retriever/adapter_model.safetensors")
+    assert {"loss", "max_weight", "weight_entropy", "spread", "tokens_per_s"} <= lines[0].keys() and {m["grad_norm_lm"] for m in lines} == {0.0}
+    assert lines[-1]["loss"] < lines[0]["loss"] and any(t.abs().max() > 1e-3 for n, t in truth.items() if "lora_B" in n)
+    (tmp_path / "run/checkpoints/latest").write_text("step_000003\n")
+    with pytest.raises(ValueError, match=f"--objective was {objective} there, now it is revela"):
+        train.main([*args, "--objective", "revela", "--resume", "latest"])
+    train.main([*args, "--resume", "latest"])
+    assert all(torch.equal(truth[n], t) for n, t in load_file(tmp_path / "run/retriever/adapter_model.safetensors").items())
+
+
 def test_training_starts_from_given_adapters(tmp_path):
     train.main(arguments(tmp_path, "a"))
     more = ["--retriever_adapter", tmp_path / "a/retriever", "--lm_adapter", tmp_path / "a/lm", "--lora_r", 9]
