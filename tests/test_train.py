@@ -96,6 +96,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, more):
     train.main(arguments(tmp_path, "a", *more))
     truth, lines = weights(tmp_path / "a", lora), metrics(tmp_path / "a")
     interrupted(tmp_path / "a", 2)
+    with open(tmp_path / "a/metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # what a process killed while it wrote leaves behind
     train.main(arguments(tmp_path, "a", *more, "--resume", "latest"))
     again = weights(tmp_path / "a", lora)
     assert all(torch.equal(truth[key], again[key]) for key in truth.keys() | again.keys())
@@ -364,6 +366,31 @@ def test_bad_commands_are_one_clear_sentence(tmp_path):
         assert "unrecognized arguments" in stderr and "Traceback" not in stderr
     assert command("train.py", "--model", "x", code=1)[1] == "train.py: --model needs --data: a file of groups, which data.py makes from documents\n"
     assert "--data needs --model" in command("train.py", "--data", "x", code=1)[1]
+
+
+def test_under_max_restarts_a_run_goes_on_by_itself_but_no_other_run_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    train.main(arguments(tmp_path, "run"))
+    truth, before = weights(tmp_path / "run"), (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="run is not empty"):
+        train.main(arguments(tmp_path, "run", "--seed", 1))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    for _ in range(2):  # the second time, config.json is that of a resumed run
+        interrupted(tmp_path / "run", 2)
+        train.main(arguments(tmp_path, "run"))
+        assert all(torch.equal(w, weights(tmp_path / "run")[name]) for name, w in truth.items())
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_out_of_memory_says_which_flags_help(tmp_path, monkeypatch):
+    def update(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(ValueError, match="out of memory in update 1 .CUDA out of memory.*2.00 GiB") as error:
+        train.main(arguments(tmp_path, "run"))
+    flags = set(re.findall(r"--(\w+)", str(error.value)))
+    assert len(flags) > 6 and all(hasattr(train.parse_args(arguments(tmp_path, "run")), flag) for flag in flags)
 
 
 def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
