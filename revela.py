@@ -117,6 +117,7 @@ class Revela(nn.Module):
         """s [G, B, B] float32: the cosine of query i (rows) and passage j of a group."""
         p = self.retriever(batch["passage_ids"], batch["passage_mask"])  # [G, B, D]
         q = self.retriever(batch["query_ids"], batch["query_mask"])  # [G, B, D]
+        # spread: 0 if all passages have one embedding (collapse), 1 if their mean is zero
         self.stats["spread"] = (1 - p.detach().flatten(0, 1).mean(0).square().sum()).sqrt()
         with torch.autocast(p.device.type, enabled=False):  # in float32: tau may be 1e-4
             return q @ p.transpose(1, 2)  # [G, B, B]

@@ -84,9 +84,9 @@ def parse_args(argv=None):
     add("--out", default="runs/revela", help="run folder to write; must not hold a run, unless it is resumed")
     add("--resume", help="'latest', or the name of a folder under checkpoints/, such as step_000500: go on from there")
     add = parser.add_argument_group("method").add_argument
-    add("--attn_temperature", type=float, default=1e-4, help="tau of the softmax over similarities")
+    add("--attn_temperature", type=float, default=1e-4, help="tau of the softmax over similarities; at 1e-4, as published, almost no row has a gradient, at 0.01 to 0.05 every row has")
     add("--lm_temperature", type=float, default=0.1, help="replug: beta of the softmax over the language model's likelihoods")
-    add("--inbatch_scale", type=float, default=1.0, help="factor on what passages read from each other; 1: as published")
+    add("--inbatch_scale", type=float, default=1.0, help="factor on what passages read from each other; 1: as published; 0.1 teaches a small model from the first update")
     add("--no_inbatch", action="store_true", help="the control: no in-batch attention, so nothing reaches the retriever")
     add("--no_v_norm", action="store_true", help="leave V-norm out of the in-batch attention")
     add("--first_half", action="store_true", help="the query of a passage is its first half, not all of it")
@@ -96,8 +96,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_r", type=int, default=256, help="rank; 0 trains all weights of both models")
     add("--lora_alpha", type=float, default=64, help="the correction is alpha/r * B A")
-    add("--lora_dropout", type=float, default=0.1, help="dropout on the input of A, a probability")
-    add("--lora_target_modules", default=",".join(LORA_TARGETS), help="layers that get one, separated by commas")
+    add("--lora_dropout", type=float, default=0.1, help="probability of dropout on the input of A")
+    add("--lora_target_modules", default=",".join(LORA_TARGETS), help="layers that get LoRA matrices, separated by commas")
     add = parser.add_argument_group("optimisation").add_argument
     add("--learning_rate", type=float, default=1e-4, help="peak of AdamW's learning rate")
     add("--warmup_steps", type=int, default=100, help="updates until the peak; then linear decay to zero")
@@ -129,7 +129,7 @@ def parse_args(argv=None):
         parser.set_defaults(**TOY)
         args = parser.parse_args(argv)
     elif not args.model:
-        raise ValueError("--data needs --model: the base model to train")
+        raise ValueError("--data needs --model, the base model to train: a folder or a hub id such as HuggingFaceTB/SmolLM2-135M")
     if (args.retriever_adapter or args.lm_adapter) and not args.lora_r:
         raise ValueError("--lora_r 0 trains all weights: an adapter to start from must be merged first (eval.py --export)")
     if args.objective != "revela" and (args.no_inbatch or args.strategy == "fsdp"):
