@@ -458,11 +458,8 @@ def write_toy_world(folder, seed, n_groups=2000, group_size=16, n_test=200):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    prefixed = (PREFIX[kind] + text for group in groups for text in group for kind in PREFIX)
-    tokenizer.train_from_iterator(prefixed, trainer)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((PREFIX[kind] + text for group in groups for text in group for kind in PREFIX), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     config = LlamaConfig(

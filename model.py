@@ -427,8 +427,7 @@ def merge_lora(llama):
 
 def save_adapter(llama, folder):
     """Write the LoRA matrices as a folder that `peft` loads, for the base model or, with a head, for the causal LM."""
-    prefix = "base_model.model.model." if llama.has_head else "base_model.model."
-    task = "CAUSAL_LM" if llama.has_head else "FEATURE_EXTRACTION"
+    prefix, task = ("base_model.model.model.", "CAUSAL_LM") if llama.has_head else ("base_model.model.", "FEATURE_EXTRACTION")
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path, "bias": "none", **llama.lora}
     tensors = {prefix + name: p.detach() for name, p in llama.named_parameters() if ".lora_" in name}
     write_folder(folder, "adapter_config.json", config, "adapter_model.safetensors", tensors)
