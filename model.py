@@ -559,7 +559,8 @@ def load_strictly(model, tensors, source, device, dtype, only=""):
         if p.shape != t.shape or not t.is_floating_point() or t.dtype.itemsize < 2:
             raise ValueError(f"{source}: tensor {name} has shape {brief(list(t.shape))}, need {list(p.shape)}; "
                              f"its type is {t.dtype}, need floats of at least 16 bits")  # fmt: skip
-    model.load_state_dict({name: t.to(device, dtype) for name, t in given.items()}, strict=False, assign=True)
+    own = bool(only)  # LoRA is trained, in memory of its own: the file's is not aligned, by which matmuls may round otherwise
+    model.load_state_dict({name: t.to(device, dtype, copy=own) for name, t in given.items()}, strict=False, assign=True)
 
 
 def save_model(llama, folder):

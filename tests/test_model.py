@@ -336,6 +336,8 @@ def test_adapters_round_trip_in_every_spelling(tiny, tmp_path, head):
         load_adapter(again, tmp_path / folder)
         ids = torch.arange(1, 9)[None]
         assert torch.equal(again.eval()(ids), llama.eval()(ids))
+        lora = [p for name, p in again.named_parameters() if ".lora_" in name]
+        assert all(p.requires_grad and p.dtype == torch.float32 and p.data_ptr() % 64 == 0 for p in lora)
 
 
 @pytest.mark.parametrize(
