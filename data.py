@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ import safetensors.torch
 import tokenizers
 import torch
 
-from model import Llama, LlamaConfig, find, read_json, read_safetensors, save_model
+from model import Llama, LlamaConfig, check, existing, find, parse, read_json, read_safetensors, reading, save_model
 
 PREFIX = {"query": "query: ", "passage": "passage: "}
 
@@ -43,28 +44,25 @@ class Tokenizer:
     def __init__(self, folder):
         """The EOS is tokenizer_config.json's eos_token, else config.json's eos_token_id; ValueError if there is none."""
         folder = find(folder)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: a model folder needs its tokenizer")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise ValueError(f"{file} is not a tokenizer: {error}") from None
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        has_config = (folder / "tokenizer_config.json").exists()
-        eos = read_json(folder / "tokenizer_config.json").get("eos_token") if has_config else None
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        self.eos_id = self.tokenizer.token_to_id(eos) if eos else read_json(folder / "config.json").get("eos_token_id")
-        if isinstance(self.eos_id, list):
-            self.eos_id = self.eos_id[0]
-        if self.eos_id is None:
+        self.file, self.config = existing(folder / "tokenizer.json"), LlamaConfig.from_pretrained(folder)
+        eos = read_json(folder / "tokenizer_config.json").get("eos_token") if (folder / "tokenizer_config.json").exists() else None
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        with reading(self.file, f"is not a tokenizer, or not one for eos_token {eos!r:.80}"):
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            self.eos_id = self.tokenizer.token_to_id(eos) if eos else self.config.eos_token_id
+        if self.eos_id is None or not 0 <= self.eos_id < self.config.vocab_size:
             raise ValueError(f"{folder}: no EOS token: tokenizer_config.json needs an eos_token that is in the vocabulary")
 
     def lm_ids(self, texts, max_len):
         """Token ids of `texts` as the language model reads them: no prefix, no EOS; a BOS if the tokenizer adds one."""
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # half of a surrogate pair -> "?"
-        return [encoding.ids[:max_len] for encoding in self.tokenizer.encode_batch_fast(texts)]
+        with reading(self.file, "fails at a text"):
+            rows = [encoding.ids[:max_len] for encoding in self.tokenizer.encode_batch_fast(texts)]
+        if (most := max(map(max, filter(None, rows)), default=0)) >= self.config.vocab_size:
+            raise ValueError(f"{self.file} makes token {most} of a text, but the model's vocab_size is {self.config.vocab_size}")
+        return rows
 
     def retriever_ids(self, texts, kind, max_len, ratio=1.0):
         """Token ids of `texts` as the retriever reads them: prefix, text, EOS; at most `max_len` of them.
@@ -110,7 +108,7 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
     rows = {
         "query": (queries, tokenizer.eos_id),
         "passage": (passages, tokenizer.eos_id),
-        "lm": (lm_tokenizer.lm_ids(texts, passage_max_len), lm_tokenizer.eos_id),
+        "lm": ([row or [lm_tokenizer.eos_id] for row in lm_tokenizer.lm_ids(texts, passage_max_len)], lm_tokenizer.eos_id),
     }
     batch = {}
     for name, (ids, eos) in rows.items():
@@ -125,18 +123,10 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
 
 def read_lines(file):
     """(line number, JSON value) of each non-empty line of a JSON-lines file, gzipped or not."""
-    opener = gzip.open if str(file).endswith(".gz") else open
-    with opener(file, "rb") as lines:
+    with reading(file, "cannot be read"), (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield number, parse(line, f"{file}:{number}")
-
-
-def parse(line, where):
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
 
 
 def parse_group(line, where, size):
@@ -154,30 +144,30 @@ def parse_group(line, where, size):
 
 def unpacked(file):
     """The plain file behind a gzipped one: {file}.unpacked, written once beside it (gzip cannot be read from the middle)."""
-    plain = Path(f"{file}.unpacked")
-    if not plain.exists() or plain.stat().st_mtime < os.stat(file).st_mtime:
-        partial = f"{plain}.{os.getpid()}.partial"
+    plain, partial = Path(f"{file}.unpacked"), Path(f"{file}.unpacked.{os.getpid()}.partial")
+    time = os.stat(file).st_mtime_ns
+    if not plain.exists() or plain.stat().st_mtime_ns != time:  # it gets the time of what it was made from
         try:
-            with gzip.open(file, "rb") as packed, open(partial, "wb") as out:
+            with reading(file, f"cannot be unpacked to {plain}"), gzip.open(file, "rb") as packed, open(partial, "wb") as out:
                 shutil.copyfileobj(packed, out)
-        except (OSError, EOFError) as error:
-            Path(partial).unlink(missing_ok=True)
-            raise ValueError(f"{file} cannot be unpacked to {plain}: {error}") from None
-        os.replace(partial, plain)
+            os.utime(partial, ns=(time, time))
+            os.replace(partial, plain)
+        finally:
+            partial.unlink(missing_ok=True)
     return plain
 
 
 def group_offsets(file, size):
     """The byte at which each group of `file` starts, int64; every line is checked on the way, ValueError names file and line.
 
-    They are kept in {file}.index.safetensors, with three numbers by which a later call knows that they still hold: the file's
-    length, its time, and `size`. In a folder that cannot be written to they are just made again.
+    They are kept in {file}.index.safetensors, with four numbers by which a later call knows that they still hold: the file's
+    length, its time, `size`, and their own checksum. In a folder that cannot be written to they are just made again.
     """
-    state, index = os.stat(file), f"{file}.index.safetensors"
-    made_from, offsets, position = torch.tensor([state.st_size, state.st_mtime_ns, size]), [], 0
+    state, index, offsets, position = os.stat(file), f"{file}.index.safetensors", [], 0
+    made_from = lambda offsets: [state.st_size, state.st_mtime_ns, size, zlib.crc32(offsets.numpy().tobytes())]
     try:
         kept = read_safetensors(index)
-        if torch.equal(kept["made_from"], made_from):
+        if kept["offsets"].dtype == torch.int64 and kept["made_from"].tolist() == made_from(kept["offsets"]):
             return kept["offsets"].numpy()
     except (OSError, ValueError, KeyError):  # none there, or not one of ours
         pass
@@ -189,13 +179,13 @@ def group_offsets(file, size):
             position += len(line)
     if not offsets:
         raise ValueError(f"{file} holds no groups")
-    partial = Path(f"{file}.{os.getpid()}.partial")
+    offsets, partial = torch.tensor(offsets), Path(f"{file}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(safetensors.torch.save({"made_from": made_from, "offsets": torch.tensor(offsets)}))
+        partial.write_bytes(safetensors.torch.save({"made_from": torch.tensor(made_from(offsets)), "offsets": offsets}))
         os.replace(partial, index)
     except OSError:
         partial.unlink(missing_ok=True)
-    return np.array(offsets)
+    return offsets.numpy()
 
 
 class Groups(torch.utils.data.Dataset):
@@ -244,26 +234,33 @@ def read_beir(folder, split="test"):
         file = folder / f"{name}.jsonl"
         texts[name] = {}
         for number, row in read_lines(file):
-            if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-                raise ValueError(f'{file}:{number}: need an object with texts "_id" and "text"')
-            if row["_id"] in texts[name]:
-                raise ValueError(f"{file}:{number}: id {row['_id']!r} occurs twice")
-            texts[name][row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
+            row = row if isinstance(row, dict) else {}
+            key, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+            key = str(key) if type(key) is int else key  # some collections number their documents; in qrels all is text
+            if not all(isinstance(value, str) for value in (key, title, text)):
+                raise ValueError(f'{file}:{number}: need an object with texts "_id" and "text", and if it has one, "title"')
+            if key in texts[name]:
+                raise ValueError(f"{file}:{number}: id {key!r:.80} occurs twice")
+            texts[name][key] = f"{title} {text}".strip()
         if not texts[name]:
             raise ValueError(f"{file} is empty")
     qrels, file = {}, folder / "qrels" / f"{split}.tsv"
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-        fields = line.split("\t")
-        if not line.strip() or (number == 1 and fields[-1].strip() == "score"):
+    for number, line in enumerate(existing(file).read_bytes().splitlines(), 1):  # a str's would end lines at U+2028 too
+        if not line.strip():
             continue
         try:
-            qid, docid, grade = fields[0], fields[1], int(fields[2])
-        except (IndexError, ValueError):
+            qid, docid, grade = line.decode("utf-8-sig").split("\t")[:3]
+            if number == 1 and grade.strip() == "score":
+                continue
+            grade = int(grade)
+            check("score", grade, -(2**31), 2**31, int)
+        except ValueError:
             raise ValueError(f"{file}:{number}: need query-id, corpus-id and a whole score, tab-separated") from None
         for what, key in (("queries", qid), ("corpus", docid)):
             if key not in texts[what]:
-                raise ValueError(f"{file}:{number}: {key!r} is not in {what}.jsonl")
-        qrels.setdefault(qid, {})[docid] = grade
+                raise ValueError(f"{file}:{number}: {key!r:.80} is not in {what}.jsonl")
+        if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
+            raise ValueError(f"{file}:{number}: {docid!r:.80} has another score for {qid!r:.80} above")
     qrels = {qid: grades for qid, grades in qrels.items() if max(grades.values()) > 0}
     if not qrels:
         raise ValueError(f"{file} has no relevant document for any query")
@@ -461,11 +458,8 @@ def write_toy_world(folder, seed, n_groups=2000, group_size=16, n_test=200):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    prefixed = (PREFIX[kind] + text for group in groups for text in group for kind in PREFIX)
-    tokenizer.train_from_iterator(prefixed, trainer)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((PREFIX[kind] + text for group in groups for text in group for kind in PREFIX), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     config = LlamaConfig(
@@ -505,7 +499,7 @@ def main():
             if not isinstance(doc, dict) or not isinstance(doc.get("text"), str):
                 raise ValueError(f'{file}:{number}: need an object with a text under "text"')
             passages = split_passages(doc["text"], args.max_words)
-            new = [p for i, p in enumerate(passages) if p not in seen and p not in passages[:i]]
+            new = [p for p in dict.fromkeys(passages) if p not in seen]
             repeated += len(passages) - len(new)
             seen.update(new)
             documents.append(new)
@@ -513,15 +507,17 @@ def main():
         groups = group_by_bm25(documents, args.group_size, args.seed)
     else:
         groups = group_by_document(documents, args.group_size, args.run_length or args.group_size, args.seed)
-    n_groups, partial = 0, f"{args.out}.partial"
-    with open(partial, "w", encoding="utf-8", errors="replace") as out:
-        for group in groups:
-            out.write(json.dumps(group, ensure_ascii=False) + "\n")
-            n_groups += 1
-    if not n_groups:
-        os.remove(partial)
-        raise ValueError(f"{len(seen)} passages are too few for one group of {args.group_size}")
-    os.replace(partial, args.out)
+    n_groups, partial = 0, Path(f"{args.out}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", errors="replace") as out:
+            for group in groups:
+                out.write(json.dumps(group, ensure_ascii=False) + "\n")
+                n_groups += 1
+        if not n_groups:
+            raise ValueError(f"{len(seen)} passages are too few for one group of {args.group_size}")
+        os.replace(partial, args.out)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated ones left out)")
     print(f"{args.out}: {n_groups:,} groups of {args.group_size}")
 

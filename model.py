@@ -19,13 +19,13 @@ import json
 import math
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -44,7 +44,24 @@ def tune_allocator():
 # configuration
 
 
-LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# What a number may be, by its name or else its type: least, most, types. Beyond that it is no model's, but would exhaust memory.
+LIMITS = {"num_hidden_layers": (1, 1000, int), "max_position_embeddings": (1, 2**31, int), int: (1, 2**20, int),
+          int | None: (-1, 2**31, int), float: (1e-30, 1e30, int, float)}  # fmt: skip
+
+
+def check(what, value, least, most, *types):
+    """Raise ValueError that begins with `what` if `value` is of none of the `types`, or not from `least` to `most`."""
+    if type(value) not in types or not least <= value <= most:  # type(), since to isinstance() True is an int
+        raise ValueError(f"{what} is {value!r:.80}; need {' or '.join(t.__name__ for t in types)} from {least} to {most}")
+
+
+def check_supported(file, raw, allowed):
+    """Raise ValueError that names `file` and the first field of `raw` whose value is not among the `allowed`."""
+    for field, values in allowed.items():
+        if raw.get(field) not in values:
+            raise ValueError(f"{file}: {field} is {raw.get(field)!r:.80}; supported: {', '.join(map(str, values))}")
 
 
 @dataclass
@@ -74,33 +91,32 @@ class LlamaConfig:
         """Read `path`/config.json. Raises ValueError that names the field if it asks for what is not implemented."""
         file = find(path) / "config.json"
         raw = read_json(file)
-        for field, allowed in {
-            "model_type": ("llama", "qwen2"),
-            "hidden_act": (None, "silu"),
-            "attention_bias": (None, False),
-            "mlp_bias": (None, False),
-            "use_sliding_window": (None, False),
-            "quantization_config": (None,),
-        }.items():
-            if raw.get(field) not in allowed:
-                raise ValueError(f"{file}: {field} is {raw.get(field)!r}; supported: {', '.join(map(str, allowed))}")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers 5, 4
-        kind = rope.get("rope_type", rope.pop("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise ValueError(f"{file}: RoPE type {kind!r} is not supported; supported: default, llama3")
-        values = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None}
-        values["rope_theta"] = float(rope.pop("rope_theta", values.get("rope_theta", 10000.0)))
-        values["rope_scaling"] = rope if kind == "llama3" else None
-        if kind == "llama3" and (absent := LLAMA3_ROPE - rope.keys()):
-            raise ValueError(f"{file}: RoPE of type llama3 lacks {', '.join(sorted(absent))}")
+        check_supported(file, raw, {
+            "model_type": ("llama", "qwen2"), "hidden_act": (None, "silu"), "attention_bias": (None, False), "mlp_bias": (None, False),
+            "use_sliding_window": (None, False), "quantization_config": (None,), "tie_word_embeddings": (None, False, True),
+        })  # fmt: skip
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
+        rope = rope if isinstance(rope, dict) else {"type": rope}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        check_supported(file, {"RoPE type": kind}, {"RoPE type": ("default", "llama3")})
+        values = {k: v for k, v in raw.items() if k in cls.__annotations__ and v is not None}
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+        values["rope_scaling"] = {"rope_type": kind} | {k: rope.get(k) for k in LLAMA3_ROPE} if kind == "llama3" else None
         if isinstance(values.get("eos_token_id"), list):  # Llama-3 chat models list several; the first ends a text
-            values["eos_token_id"] = values["eos_token_id"][0]
-        try:
-            values.setdefault("num_key_value_heads", values["num_attention_heads"])
-            values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-            return cls(**values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}: a field is missing or of the wrong type ({error})") from None
+            values["eos_token_id"] = next(iter(values["eos_token_id"]), None)
+        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+        for name, kind in cls.__annotations__.items():
+            if name == "head_dim" and name not in values:  # what it follows from has been checked by now
+                values[name] = values["hidden_size"] // values["num_attention_heads"]
+            limits = LIMITS.get(name, LIMITS.get(kind))
+            if limits and (name in values or not hasattr(cls, name)):  # is given, or has no default
+                check(f"{file}: {name}", values.get(name), *limits)
+        config = cls(**values)
+        for name in LLAMA3_ROPE if config.rope_scaling else ():
+            check(f"{file}: RoPE's {name}", config.rope_scaling[name], *LIMITS[float])
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise ValueError(f"{file}: need num_attention_heads that num_key_value_heads divides, and an even head_dim")
+        return config
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,11 +385,10 @@ class Llama(nn.Module):
         folder = find(path)
         with torch.device("meta"):
             model = cls(LlamaConfig.from_pretrained(folder), head)
-        tensors = {name.removeprefix("model."): t.to(device, dtype) for name, t in read_tensors(folder).items()}
-        for name in list(tensors):  # old files store RoPE's frequencies; a tied head may be stored a second time
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
-                del tensors[name]
-        load_strictly(model, tensors, path)
+        tensors = [(name.removeprefix("model."), t) for name, t in read_tensors(folder)
+                   if not name.endswith("rotary_emb.inv_freq")  # old files store RoPE's frequencies
+                   and (name != "lm_head.weight" or model.lm_head)]  # and some a tied head a second time  # fmt: skip
+        load_strictly(model, tensors, path, device, dtype)
         model.path = str(path)
         return model
 
@@ -384,17 +399,17 @@ class Llama(nn.Module):
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS):
+def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
     """Freeze `llama` and give every projection named in `targets` trainable A [r, in], B [out, r] (float32): a
-    correction alpha/r * B A that starts at zero. Raises ValueError for a target that no layer has."""
+    correction alpha/r * B A that starts at zero, on `device` or where the layer is. Raises ValueError for an unknown target."""
     if unknown := set(targets) - set(LORA_TARGETS):
         raise ValueError(f"LoRA target {', '.join(sorted(unknown))} is unknown; the layers are {', '.join(LORA_TARGETS)}")
     llama.requires_grad_(False)
     llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(targets)}
     for name, layer in llama.named_modules():
         if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
-            layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=layer.weight.device)
-            layer.lora_B = nn.Linear(r, layer.out_features, bias=False, device=layer.weight.device)
+            layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=device or layer.weight.device)
+            layer.lora_B = nn.Linear(r, layer.out_features, bias=False, device=device or layer.weight.device)
             nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))  # as peft does
             nn.init.zeros_(layer.lora_B.weight)
             layer.dropout, layer.scale = nn.Dropout(dropout), alpha / r
@@ -412,8 +427,7 @@ def merge_lora(llama):
 
 def save_adapter(llama, folder):
     """Write the LoRA matrices as a folder that `peft` loads, for the base model or, with a head, for the causal LM."""
-    prefix = "base_model.model.model." if llama.has_head else "base_model.model."
-    task = "CAUSAL_LM" if llama.has_head else "FEATURE_EXTRACTION"
+    prefix, task = ("base_model.model.model.", "CAUSAL_LM") if llama.has_head else ("base_model.model.", "FEATURE_EXTRACTION")
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path, "bias": "none", **llama.lora}
     tensors = {prefix + name: p.detach() for name, p in llama.named_parameters() if ".lora_" in name}
     write_folder(folder, "adapter_config.json", config, "adapter_model.safetensors", tensors)
@@ -425,39 +439,31 @@ def load_adapter(llama, folder):
     folder = find(folder)
     file = folder / "adapter_config.json"
     config = read_json(file)
-    plain = {
-        "peft_type": ("LORA",),
-        "bias": ("none", None),
-        "use_dora": (False, None),
-        "fan_in_fan_out": (False, None),
-        "modules_to_save": (None, []),
-        "rank_pattern": (None, {}),
-        "alpha_pattern": (None, {}),
-        "layers_to_transform": (None, []),
-        "layer_replication": (None,),
-    }
-    for field, allowed in plain.items():
-        if config.get(field) not in allowed:
-            raise ValueError(f"{file}: {field} is {config.get(field)!r}, which is not supported; need {allowed[0]!r}")
-    try:
-        r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
-    except KeyError as error:
-        raise ValueError(f"{file}: field {error} is missing") from None
-    if not isinstance(targets, list):
-        raise ValueError(f"{file}: target_modules is {targets!r}; need a list of layer names")
+    none, no = (None, [], {}), (None, False)
+    check_supported(file, config, {
+        "peft_type": ("LORA",), "bias": ("none", None), "use_dora": no, "fan_in_fan_out": no, "modules_to_save": none, "rank_pattern": none,
+        "alpha_pattern": none, "layers_to_transform": none, "layer_replication": none,
+    })  # fmt: skip
+    r, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    if not isinstance(targets, list) or not all(target in LORA_TARGETS for target in targets):
+        raise ValueError(f"{file}: target_modules is {targets!r:.80}; need a list of layer names: {', '.join(LORA_TARGETS)}")
+    check(f"{file}: r", r, *LIMITS[int])
+    check(f"{file}: lora_alpha", alpha, *LIMITS[float])
+    check(f"{file}: lora_dropout", dropout := config.get("lora_dropout", 0.0), 0, 1, int, float)
     if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
         alpha = alpha * math.sqrt(r)
-    tensors = {}
-    for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
-        name = name.removeprefix("base_model.model.").removeprefix("model.").replace(".default.", ".")
-        tensors[name] = tensor.to(llama.embed_tokens.weight.device, torch.float32)
-    add_lora(llama, r, alpha, config.get("lora_dropout", 0.0), targets)
-    load_strictly(llama, tensors, folder, only=".lora_")
+    tensors = [(name.removeprefix("base_model.model.").removeprefix("model.").replace(".default.", "."), tensor)
+               for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items()]  # fmt: skip
+    add_lora(llama, r, alpha, dropout, targets, device="meta")  # takes no memory before the file has proved that r is so large
+    load_strictly(llama, tensors, folder, llama.embed_tokens.weight.device, torch.float32, only=".lora_")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files
 
+# A folder may come from a stranger. Nothing in it is code, it names no file outside of itself, and only regular files are read.
+# Links are followed wherever they lead: the hub's cache is made of them, people link large weights, and who plants one learns
+# nothing, since of a content an error shows one refused value at most.
 
 # All that is ever read of a folder; nothing else is fetched from the hub.
 FILES = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
@@ -484,14 +490,38 @@ def find(name):
         ) from None
 
 
+def existing(file):
+    """`file`. Raises FileNotFoundError that names it if it is none, but a folder perhaps, or a device that never ends."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist, or is no file")
+    return file
+
+
+def brief(text):
+    """`text`, in which may stand what a stranger likes, as one short line that a terminal shows as it is."""
+    return repr(str(text))[1:-1][:200]
+
+
+@contextmanager
+def reading(file, failed):
+    """Make whatever a library raises on the content of `file` one ValueError: "{file} {failed}: ...", on one line."""
+    try:
+        yield
+    except BaseException as error:
+        if str(error).startswith(str(file)) or not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # it says so itself, or it is Ctrl-C; a panic in Rust is no Exception either
+        raise ValueError(f"{file} {failed}: {brief(error) or type(error).__name__}") from None
+
+
+def parse(line, where):
+    """The JSON value of the bytes `line`. Raises ValueError that begins with `where`."""
+    with reading(where, "is not JSON in UTF-8"):
+        return json.loads(line.decode("utf-8-sig"), parse_constant={}.__getitem__)  # a KeyError at NaN and Infinity
+
+
 def read_json(file):
     """The JSON object in `file`. Raises FileNotFoundError or ValueError that name it."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    value = parse(Path(existing(file)).read_bytes(), file)
     if not isinstance(value, dict):
         raise ValueError(f"{file}: need a JSON object, got {type(value).__name__}")
     return value
@@ -499,40 +529,38 @@ def read_json(file):
 
 def read_safetensors(file):
     """{name: tensor} of one safetensors file. Raises FileNotFoundError or ValueError that name it."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    try:
+    existing(file)
+    with reading(file, "is damaged or incomplete"):
         return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or incomplete: {error}") from None
 
 
 def read_tensors(folder):
-    """{name: tensor} of a checkpoint: model.safetensors, or the shards that model.safetensors.index.json lists."""
+    """[(name, tensor)] of a checkpoint: model.safetensors, or the shards that model.safetensors.index.json lists."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return read_safetensors(folder / "model.safetensors")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-        raise ValueError(f"{index}: weight_map must name files of this folder")
-    tensors = {}
-    for shard in sorted(set(shards.values())):
-        tensors |= read_safetensors(folder / shard)
-    return tensors
+    index, shards = folder / "model.safetensors.index.json", {"": "model.safetensors"}
+    if not (folder / "model.safetensors").exists() and index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(s)) for s in shards.values()):
+            raise ValueError(f"{index}: weight_map must name .safetensors files of this folder")
+    return [pair for shard in sorted(set(shards.values())) for pair in read_safetensors(folder / shard).items()]
 
 
-def load_strictly(model, tensors, source, only=""):
-    """Make `tensors` the parameters of `model` whose names contain `only`; ValueError names what does not match."""
-    expected = {name: p for name, p in model.state_dict().items() if only in name}
-    lacking, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    for what, names in {"lacks": lacking, "has, beside what the model needs,": unknown}.items():
+def load_strictly(model, tensors, source, device, dtype, only=""):
+    """Make `tensors`, pairs of name and tensor, the parameters of `model` whose names contain `only`: all of them, as `dtype`
+    on `device`. Raises ValueError that names what does not match."""
+    given, expected = dict(tensors), {name: p for name, p in model.state_dict().items() if only in name}
+    if len(given) < len(tensors):
+        raise ValueError(f"{source} has {len(tensors) - len(given)} tensors twice: in two shards, or with and without a prefix")
+    for what, names in {"lacks": expected.keys() - given.keys(), "has, beside what the model needs,": given.keys() - expected.keys()}.items():
         if names:
-            raise ValueError(f"{source} {what} {len(names)} tensors: {', '.join(sorted(names)[:3])}")
+            raise ValueError(f"{source} {what} {len(names)} tensors: {brief(', '.join(sorted(names)[:3]))}")
     for name, p in expected.items():
-        if p.shape != tensors[name].shape:
-            raise ValueError(f"{source}: tensor {name} has shape {list(tensors[name].shape)}, need {list(p.shape)}")
-    model.load_state_dict(tensors, strict=False, assign=not only)
+        t = given[name]
+        if p.shape != t.shape or not t.is_floating_point() or t.dtype.itemsize < 2:
+            raise ValueError(f"{source}: tensor {name} has shape {brief(list(t.shape))}, need {list(p.shape)}; "
+                             f"its type is {t.dtype}, need floats of at least 16 bits")  # fmt: skip
+    own = bool(only)  # LoRA is trained, in memory of its own: the file's is not aligned, by which matmuls may round otherwise
+    model.load_state_dict({name: t.to(device, dtype, copy=own) for name, t in given.items()}, strict=False, assign=True)
 
 
 def save_model(llama, folder):
@@ -550,5 +578,6 @@ def save_model(llama, folder):
 def write_folder(folder, config_name, config, tensors_name, tensors):
     """Write {folder}/{config_name} and {folder}/{tensors_name}."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / config_name).unlink(missing_ok=True)  # else a link there would be written through; save_file replaces it
     (Path(folder) / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file({name: t.contiguous() for name, t in tensors.items()}, Path(folder) / tensors_name, {"format": "pt"})

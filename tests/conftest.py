@@ -1,5 +1,6 @@
 """What the tests share: tiny models with random weights, a way to run our commands, and warnings turned into errors."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def make_model(folder, seed=0, **changes):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}}')
     return folder
+
+
+def edit(folder, name="config.json", **changes):
+    """Change fields of a JSON file; `...` takes one out."""
+    config = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 def with_lora(llama, r=3, dropout=0.0):

@@ -3,12 +3,13 @@
 import gzip
 import json
 import math
+import os
 import random
 import re
 
 import pytest
 import tokenizers
-from conftest import TEXTS, command
+from conftest import TEXTS, command, edit
 
 import data
 from data import (
@@ -72,7 +73,7 @@ def test_where_the_eos_comes_from(tiny, tokenizer_config, config, eos):
     (tiny / "tokenizer_config.json").unlink()
     if tokenizer_config:
         (tiny / "tokenizer_config.json").write_text(tokenizer_config)
-    (tiny / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    edit(tiny, eos_token_id=config)
     t = Tokenizer(tiny)
     assert t.eos_id == (t.tokenizer.token_to_id(eos) if isinstance(eos, str) else eos)
 
@@ -108,16 +109,38 @@ def test_groups_are_read_by_offset_in_both_formats(tmp_path):
     assert [groups[i] for i in range(len(groups))] == [(["a", "b"], None), (["d", "é"], "wiki"), (["g", "hé"], None)]
 
 
+ODD = ["\x00NUL", "half \ud83d of a pair", "line\u2028separator\x85", "a\r\nb\rc", "\ufeffmark", "é" * 10**6, "<eos>", "\u200b"]
+
+
+def test_odd_texts_come_back_as_they_are_and_are_tokenized(tmp_path, tiny):
+    rows = [json.dumps(ODD), json.dumps({"src": None, "text": ODD[::-1]})]
+    (tmp_path / "g.jsonl").write_bytes("\r\n\n \r\n\ufeff".join(["", *rows, ""]).encode().rstrip(b"\xef\xbb\xbf"))  # files with BOMs, joined
+    groups = Groups(tmp_path / "g.jsonl", len(ODD))
+    assert [groups[i] for i in range(len(groups))] == [(ODD, None), (ODD[::-1], None)]
+    t = Tokenizer(tiny)
+    batch = collate([groups[0]], t, t, passage_max_len=40)
+    for b, text in enumerate(ODD):
+        ids = batch["lm_ids"][0, b][batch["lm_mask"][0, b]].tolist()
+        assert ids == t.tokenizer.encode(text.replace("\ud83d", "?")).ids[:40] and len(ids) > 0
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("[1, 2", "g.jsonl:2: not a line of JSON"),
+        ("[1, 2", "g.jsonl:2 is not JSON"),
         ('"text"', "g.jsonl:2: need a list of texts"),
         ('{"text": "a"}', "g.jsonl:2: need a list of texts"),
         ('["a", 3]', "g.jsonl:2: need a list of texts"),
         ('["a"]', "g.jsonl:2: a group of 1 passages; need 2"),
         ('["a", " "]', "g.jsonl:2: passage 2 is empty"),
-        ('["a", "\udcff"]', "g.jsonl:2: not a line of JSON in UTF-8"),
+        ('["a", "\udcff"]', "g.jsonl:2 is not JSON in UTF-8"),
+        ('["a", "b\x00"]', "g.jsonl:2 is not JSON"),
+        ('{"src": NaN, "text": ["a", "b"]}', "g.jsonl:2 is not JSON"),
+        ('{"src": -Infinity, "text": ["a", "b"]}', "g.jsonl:2 is not JSON"),
+        ('{"src": %s, "text": ["a", "b"]}' % ("9" * 5000), "g.jsonl:2 is not JSON"),
+        ("[" * 10**5, "g.jsonl:2 is not JSON"),
+        ('{"text":' * 10**5, "g.jsonl:2 is not JSON"),
+        ("\ufeff", "g.jsonl:2 is not JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -145,6 +168,23 @@ def test_the_index_is_kept_until_the_file_or_the_question_changes(tmp_path, monk
     (tmp_path / "g.jsonl.index.safetensors").unlink()
     monkeypatch.setattr(data.os, "replace", lambda *_: (tmp_path / "none").stat())  # fails, as in a read-only folder
     assert read()[0] == ["x", "y"] and [p.name for p in tmp_path.iterdir()] == ["g.jsonl"]
+
+
+def test_a_gzipped_file_is_unpacked_again_whenever_it_is_another(tmp_path):
+    file = tmp_path / "g.jsonl.gz"
+    for i, text in enumerate(("newer", "older")):  # a file can be replaced by one with an earlier time
+        file.write_bytes(gzip.compress(json.dumps([text, "b"]).encode()))
+        os.utime(file, (10**9 - i, 10**9 - i))
+        assert Groups(file, 2)[0] == ([text, "b"], None)
+    inode = (tmp_path / "g.jsonl.gz.unpacked").stat().st_ino
+    assert Groups(file, 2)[0] == (["older", "b"], None) and (tmp_path / "g.jsonl.gz.unpacked").stat().st_ino == inode
+    good = gzip.compress(random.Random(0).randbytes(1000))
+    for bad in (good[:-9], good[:500], good[:20] + b"\xff" * 9 + good[29:], b"no gzip", good + b"x"):
+        file.write_bytes(bad)
+        for read in (lambda: Groups(file, 2), lambda: list(read_lines(file))):
+            with pytest.raises(ValueError, match="g.jsonl.gz(.unpacked:1)?(:1)? (cannot be (unpacked|read)|is not JSON)"):
+                read()
+    assert not list(tmp_path.glob("*partial"))
 
 
 def test_no_groups_at_all_is_said(tmp_path):
@@ -249,7 +289,12 @@ def test_the_command_makes_groups_and_overwrites_nothing(tmp_path):
     assert 'bad.jsonl:2: need an object with a text under "text"' in command(*args, tmp_path / "bad.jsonl", code=1)[1]
     assert "too few for one group" in command(*args, tmp_path / "docs.jsonl.gz", "--group_size", "999", code=1)[1]
     assert "No such file" in command(*args, tmp_path / "none.jsonl", code=1)[1]
-    assert not (tmp_path / "x.jsonl").exists()
+    assert not list(tmp_path.glob("x.jsonl*"))
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*ODD, "twice twice"]))
+    command(*args, tmp_path / "odd.jsonl", "--group_size", "2", "--max_words", "1")
+    texts = [text for _, group in read_lines(tmp_path / "x.jsonl") for text in group]
+    words = {"twice"} | {word for text in ODD for word in text.replace("\ud83d", "?").split()}
+    assert set(texts) <= words and len(set(texts)) == len(texts) == len(words) // 2 * 2 and max(map(len, texts)) == 10**6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,13 +305,20 @@ def write_beir(folder, qrels="query-id\tcorpus-id\tscore\nq\td\t1\n", corpus='{"
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     (folder / "corpus.jsonl").write_text(corpus)
     (folder / "queries.jsonl").write_text('{"_id": "q", "text": "query"}\n{"_id": "r", "text": "unjudged"}\n')
-    (folder / "qrels/test.tsv").write_text(qrels)
+    (folder / "qrels/test.tsv").write_text(qrels, errors="surrogateescape")
     return folder
 
 
 def test_a_collection_is_read(tmp_path):
     corpus, queries, qrels = read_beir(write_beir(tmp_path, qrels="q\td\t2\nr\td\t0\n"))
     assert corpus == {"d": "T x"} and queries == {"q": "query"} and qrels == {"q": {"d": 2}}
+
+
+def test_a_collection_with_numbers_for_ids_and_odd_line_ends_is_read(tmp_path):
+    write_beir(tmp_path, corpus='{"_id": 12, "text": "x"}\r\n\r\n\ufeff{"_id": "a\u2028b", "title": null, "text": "\\ud800"}')
+    (tmp_path / "qrels/test.tsv").write_bytes("\ufeffquery-id\tcorpus-id\tscore\r\nq\t12\t1\r\n\r\nq\ta\u2028b\t2\nq\t12\t1\tmore".encode())
+    corpus, queries, qrels = read_beir(tmp_path)
+    assert corpus == {"12": "x", "a\u2028b": "\ud800"} and qrels == {"q": {"12": 1, "a\u2028b": 2}}
 
 
 @pytest.mark.parametrize(
@@ -278,13 +330,23 @@ def test_a_collection_is_read(tmp_path):
         (dict(qrels="q\td\t0\n"), "no relevant document"),
         (dict(corpus=""), "corpus.jsonl is empty"),
         (dict(corpus='{"_id": "d", "text": "x"}\n{"_id": "d", "text": "y"}\n'), "corpus.jsonl:2: id 'd' occurs twice"),
-        (dict(corpus='{"_id": 3, "text": "x"}\n'), 'corpus.jsonl:1: need an object with texts "_id" and "text"'),
-        (dict(corpus="nonsense\n"), "corpus.jsonl:1: not a line of JSON"),
+        (dict(corpus='{"_id": 3, "text": "x"}\n{"_id": "3", "text": "y"}\n'), "corpus.jsonl:2: id '3' occurs twice"),
+        (dict(corpus='{"_id": true, "text": "x"}\n'), 'corpus.jsonl:1: need an object with texts "_id" and "text"'),
+        (dict(corpus='{"_id": "d", "text": "x", "title": ["T"]}\n'), "corpus.jsonl:1: need an object"),
+        (dict(corpus='{"_id": "d"}\n'), "corpus.jsonl:1: need an object"),
+        (dict(corpus='["d", "x"]\n'), "corpus.jsonl:1: need an object"),
+        (dict(qrels="q\td\t1\nq\td\t2\n"), "test.tsv:2: 'd' has another score for 'q' above"),
+        (dict(qrels="q\td\t1.0\n"), "test.tsv:1: need query-id, corpus-id and a whole score"),
+        (dict(qrels="q\td\t" + "9" * 400), "test.tsv:1: need query-id, corpus-id and a whole score"),
+        (dict(qrels="q\td\t1\n\udcff\td\t1\n"), "test.tsv:2: need query-id, corpus-id and a whole score"),
+        (dict(corpus='{"_id": 3.0, "text": "x"}\n'), 'corpus.jsonl:1: need an object with texts "_id" and "text"'),
+        (dict(corpus="nonsense\n"), "corpus.jsonl:1 is not JSON"),
     ],
 )
 def test_a_bad_collection_is_named(tmp_path, files, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_beir(write_beir(tmp_path, **files))
+    assert str(caught.value).count(str(tmp_path)) == 1
 
 
 def test_the_toy_world_is_a_function_of_its_seed_and_its_tests_are_held_out(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
+from conftest import edit, make_model
 from safetensors.torch import load_file, save_file
 
 import model
@@ -213,11 +213,6 @@ def test_lora_merged_or_apart_is_one_function(tiny, r, N):
 # files
 
 
-def edit(folder, name="config.json", **changes):
-    config = json.loads((folder / name).read_text()) | changes
-    (folder / name).write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-
-
 def test_what_is_saved_is_what_is_read(tiny, tmp_path):
     for head in (True, False):
         llama = Llama.from_pretrained(tiny, head=head)
@@ -228,7 +223,7 @@ def test_what_is_saved_is_what_is_read(tiny, tmp_path):
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tiny):
-    whole, llama = read_tensors(tiny), Llama.from_pretrained(tiny)
+    whole, llama = dict(read_tensors(tiny)), Llama.from_pretrained(tiny)
     names = sorted(whole)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, part in shards.items():
@@ -239,7 +234,7 @@ def test_a_sharded_checkpoint_is_the_same_model(tiny):
     assert all(torch.equal(p, q) for p, q in zip(llama.parameters(), Llama.from_pretrained(tiny).parameters(), strict=True))
     for bad in ("../model.safetensors", "/etc/passwd", 3):
         edit(tiny, "model.safetensors.index.json", weight_map=index["weight_map"] | {names[0]: bad})
-        with pytest.raises(ValueError, match="weight_map must name files of this folder"):
+        with pytest.raises(ValueError, match="weight_map must name .safetensors files of this folder"):
             Llama.from_pretrained(tiny)
     edit(tiny, "model.safetensors.index.json", **index)
     (tiny / "model-00002-of-00002.safetensors").unlink()
@@ -255,10 +250,10 @@ def test_a_sharded_checkpoint_is_the_same_model(tiny):
         (dict(attention_bias=True), "attention_bias"),
         (dict(use_sliding_window=True), "use_sliding_window"),
         (dict(quantization_config={"bits": 4}), "quantization_config"),
-        (dict(rope_scaling={"rope_type": "yarn"}), "RoPE type 'yarn'"),
-        (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "lacks high_freq_factor"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "RoPE type is 'yarn'"),
+        (dict(rope_scaling={"type": "llama3", "factor": 8.0}), "low_freq_factor is None"),
         (dict(hidden_size=...), "hidden_size"),
-        (dict(hidden_size="wide"), "wrong type"),
+        (dict(hidden_size="wide"), "hidden_size is 'wide'; need int"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tiny, changes, message):
@@ -271,6 +266,10 @@ def test_older_and_newer_spellings_of_a_config(tiny):
     edit(tiny, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 500.0}, head_dim=..., eos_token_id=[7, 8])
     c = LlamaConfig.from_pretrained(tiny)
     assert (c.rope_theta, c.rope_scaling, c.head_dim, c.eos_token_id) == (500.0, None, 8, 7)
+    numbers = dict.fromkeys(model.LLAMA3_ROPE, 2.0)
+    edit(tiny, rope_parameters=..., rope_scaling=numbers | {"type": "llama3"})
+    save_model(Llama.from_pretrained(tiny), tiny)
+    assert LlamaConfig.from_pretrained(tiny).rope_scaling == numbers | {"rope_type": "llama3"}
 
 
 def test_a_broken_checkpoint_is_one_clear_sentence(tiny, tmp_path):
@@ -310,7 +309,7 @@ def test_an_untied_head_is_used_and_needed(tmp_path):
     folder = make_model(tmp_path / "untied", tie_word_embeddings=False)
     llama = Llama.from_pretrained(folder)
     h = torch.randn(2, 32)
-    torch.testing.assert_close(llama.logits(h), h @ read_tensors(folder)["lm_head.weight"].T)
+    torch.testing.assert_close(llama.logits(h), h @ dict(read_tensors(folder))["lm_head.weight"].T)
     with pytest.raises(ValueError, match="without an output head"):
         Llama.from_pretrained(folder, head=False).logits(h)
     save_model(Llama.from_pretrained(folder, head=False), folder)
@@ -337,6 +336,8 @@ def test_adapters_round_trip_in_every_spelling(tiny, tmp_path, head):
         load_adapter(again, tmp_path / folder)
         ids = torch.arange(1, 9)[None]
         assert torch.equal(again.eval()(ids), llama.eval()(ids))
+        lora = [p for name, p in again.named_parameters() if ".lora_" in name]
+        assert all(p.requires_grad and p.dtype == torch.float32 and p.data_ptr() % 64 == 0 for p in lora)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +351,7 @@ def test_adapters_round_trip_in_every_spelling(tiny, tmp_path, head):
         (dict(target_modules=["q_proj"]), "beside what the model needs"),
         (dict(target_modules=["q_proj", "up_proj", "k_proj"]), "lacks 4 tensors"),
         (dict(r=4), r"has shape \[3, 32\], need \[4, 32\]"),
-        (dict(r=...), "'r' is missing"),
+        (dict(r=...), "r is None"),
     ],
 )
 def test_an_adapter_that_is_no_plain_lora_is_refused(tiny, tmp_path, changes, message):
