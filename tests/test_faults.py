@@ -15,7 +15,7 @@ import torch
 from conftest import TEXTS, edit, with_lora
 
 import data
-from data import Groups, Tokenizer, collate, read_beir, read_lines
+from data import Groups, Tokenizer, collate, read_beir, read_lines, read_passages
 from model import LLAMA3_ROPE, Llama, LlamaConfig, load_adapter, read_json, read_safetensors, reading, save_adapter, save_model
 
 
@@ -483,6 +483,10 @@ def test_fuzz_documents(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", args)
 
     def read():
+        for file in files:
+            passages = read_passages(folder / file)
+            assert "".join("".join(text for _, text in passages).split()) == "".join(
+                "".join(f"{doc.get('title') or ''} {doc['text']}".split()) for doc in values(folder / file))  # fmt: skip
         data.main()
         texts = [text for file in files for doc in values(folder / file) for text in doc["text"].encode("utf-8", "replace").decode().split()]
         words = [word for group in values(folder / "out.jsonl") for text in group for word in text.split()]
