@@ -34,6 +34,14 @@ from model import Llama, LlamaConfig, check, existing, find, parse, read_json, r
 
 PREFIX = {"query": "query: ", "passage": "passage: "}
 
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """The --help of all our commands: with the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, [], argparse.SUPPRESS) else super()._get_help_string(action)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tokens
 
@@ -476,10 +484,10 @@ def write_toy_world(folder, seed, n_groups=2000, group_size=16, n_test=200):
 def main():
     parser = argparse.ArgumentParser(
         description="Make groups of related passages from raw documents.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )  # fmt: skip
     add = parser.add_argument
-    add("--docs", nargs="+", required=True, help='JSON-lines files of documents, {"text": ...} each; .gz too')
+    add("--docs", nargs="+", required=True, help='JSON-lines files of documents, {"text": ...} each, of which only the text is read; .gz too')
     add("--out", required=True, help="JSON-lines file of groups to write; must not exist")
     add("--group", choices=("document", "bm25"), default="document",
         help="document: consecutive passages of one document, or of a few when they are short; bm25: a passage and its nearest")  # fmt: skip

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import BM25, PREFIX, read_beir, read_lines, read_passages
+from data import BM25, PREFIX, Help, read_beir, read_lines, read_passages
 from model import find, merge_lora, read_json, save_model, tune_allocator
 from revela import Retriever
 
@@ -330,7 +330,7 @@ def plot(file, runs, results):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Evaluate a retriever, or BM25, on test collections.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )  # fmt: skip
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="folders in BEIR layout")

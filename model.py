@@ -135,8 +135,8 @@ def attend(q, k, v, scale, causal=False):
     (N, H, T, d), H_kv, U = q.shape, k.shape[1], k.shape[2]
     scores = (q.reshape(N, H_kv, -1, d) * scale) @ k.transpose(2, 3)  # [N, H_kv, H/H_kv*T, U]
     if causal:
-        hidden = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.view(N, H, T, U).masked_fill(hidden, -torch.inf).view(N, H_kv, -1, U)
+        future = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.view(N, H, T, U).masked_fill(future, -torch.inf).view(N, H_kv, -1, U)
     return (scores.softmax(-1) @ v).view(N, H, T, d)
 
 
@@ -559,8 +559,8 @@ def load_strictly(model, tensors, source, device, dtype, only=""):
         if p.shape != t.shape or not t.is_floating_point() or t.dtype.itemsize < 2:
             raise ValueError(f"{source}: tensor {name} has shape {brief(list(t.shape))}, need {list(p.shape)}; "
                              f"its type is {t.dtype}, need floats of at least 16 bits")  # fmt: skip
-    own = bool(only)  # LoRA is trained, in memory of its own: the file's is not aligned, by which matmuls may round otherwise
-    model.load_state_dict({name: t.to(device, dtype, copy=own) for name, t in given.items()}, strict=False, assign=True)
+    # copies, since the file's own memory is not aligned, by which matmuls may round otherwise than before they were saved
+    model.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in given.items()}, strict=False, assign=True)
 
 
 def save_model(llama, folder):

@@ -37,7 +37,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Groups, Tokenizer, collate, group_order, read_beir, write_toy_world
+from data import Groups, Help, Tokenizer, collate, group_order, read_beir, write_toy_world
 from eval import dense_run, leave, measure, setup, show, write_encoding
 from model import (LORA_TARGETS, Llama, add_lora, find, load_adapter, read_json, read_safetensors, save_adapter, save_model,
                    tune_allocator)  # fmt: skip
@@ -67,7 +67,7 @@ FREE = {"out", "resume", "device", "strategy", "groups_per_device", "gradient_ac
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train a retriever by language modelling.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         epilog="Without --data, a toy world is written and trained on, with defaults of its own: "
         + ", ".join(f"{k} {v}" for k, v in TOY.items()),
     )  # fmt: skip
