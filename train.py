@@ -261,7 +261,7 @@ def save_checkpoint(folder, step, revela, optimizer, args, per_update, rank):
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         for path in [*partial.rglob("*"), partial]:
             fsync(path)
-        if final.exists():  # by a run that went on from an earlier one, or was killed before the next line but two; `latest` names an earlier one
+        if final.exists():  # from a run that was killed before `latest` named it, or that this one went back behind
             shutil.rmtree(final)
         os.replace(partial, final)
         fsync(folder)
