@@ -184,15 +184,22 @@ def shard(revela, device, dtype):
     return fully_shard(revela, **options)
 
 
-def whole(llama, device):
-    """`llama` itself, or if it is sharded, a copy with whole weights on `device`; every process must call this."""
+def full(t):
+    """The whole of a tensor of which every process may hold a part; every process must call this."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def whole(llama, device, only=""):
+    """`llama` itself, or if it is sharded, a copy with whole weights on `device`, of which those count whose names contain
+    `only`; every process must call this."""
     if not isinstance(llama.embed_tokens.weight, DTensor):
         return llama
     with torch.device("meta"):
         copy = Llama(llama.config, llama.has_head)
         if llama.lora:
             add_lora(copy, *llama.lora.values())
-    copy.load_state_dict({name: p.detach().full_tensor().to(device) for name, p in llama.named_parameters()}, assign=True)
+    weights = {name: full(p.detach()).to(device) for name, p in llama.named_parameters() if only in name}
+    copy.load_state_dict(weights, strict=False, assign=True)
     copy.path = llama.path
     return copy
 
@@ -203,7 +210,7 @@ def save_models(revela, folder, args, rank):
     for llama, name, base in ((revela.retriever.llama, "retriever", args.model), (revela.lm, "lm", args.lm or args.model)):
         if name == "lm" and args.freeze_lm:
             continue
-        llama = whole(llama, "meta" if rank else "cpu")
+        llama = whole(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
         if rank:
             continue
         if llama.lora:
@@ -248,7 +255,7 @@ def save_checkpoint(folder, step, revela, optimizer, args, per_update, rank):
     moments, names = {}, [name for name, p in revela.named_parameters() if p.requires_grad]
     for i, state in optimizer.state_dict()["state"].items():
         for key, t in state.items():
-            t = t.full_tensor() if isinstance(t, DTensor) else t
+            t = full(t)
             moments |= {} if rank else {f"{names[i]}.{key}": t.cpu()}
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -335,8 +342,7 @@ def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, wor
             stats[name] = stats.get(name, 0) + value * share
     norm = {}
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
-        norm[name] = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).to(device)
-        norm[name] = norm[name].full_tensor() if isinstance(norm[name], DTensor) else norm[name]
+        norm[name] = full(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).to(device))
         stats[f"grad_norm_{name}"] = norm[name] / world
     total_norm = torch.linalg.vector_norm(torch.stack(list(norm.values())))
     if not total_norm.isfinite():  # on one process means on all of them, since gradients have met
