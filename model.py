@@ -136,7 +136,7 @@ def attend(q, k, v, scale, causal=False):
     scores = (q.reshape(N, H_kv, -1, d) * scale) @ k.transpose(2, 3)  # [N, H_kv, H/H_kv*T, U]
     if causal:
         future = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.view(N, H, T, U).masked_fill(future, -torch.inf).view(N, H_kv, -1, U)
+        scores = scores.view(N, H, T, U).masked_fill_(future, -torch.inf).view(N, H_kv, -1, U)
     return (scores.softmax(-1) @ v).view(N, H, T, d)
 
 
