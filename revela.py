@@ -243,12 +243,14 @@ class Replug(Revela):
         n, row = mask.sum(-1), torch.arange(len(ids), device=ids.device)
         l = torch.zeros(len(ids), B, device=ids.device)  # [N, B]
         pairs = ((row[:, None] // B == row // B) & (row[:, None] != row)).nonzero()  # [P, 2]
+        pairs = pairs[n[pairs].sum(1).argsort()]  # those of one length together, so that little is padding
         for i, j in (p.T for p in pairs.split(max(1, batch_tokens // (2 * T)))):
             texts, real = torch.cat([ids[j], ids[i]], 1), torch.cat([mask[j], mask[i]], 1)  # [P, 2T]
             order = (~real).int().argsort(dim=1, stable=True)  # D_j, D_i, and what was padding behind either
-            at, start, end = torch.arange(1, 2 * T, device=ids.device), n[j] + n[i] // 2, n[j] + n[i]
-            scored = (start[:, None] <= at) & (at < end[:, None])  # [P, 2T-1]: from the second token on
-            texts = texts.gather(1, order)
+            start, end = n[j] + n[i] // 2, n[j] + n[i]
+            texts = texts.gather(1, order)[:, : end.max()]  # [P, L]
+            at = torch.arange(1, texts.shape[1], device=ids.device)
+            scored = (start[:, None] <= at) & (at < end[:, None])  # [P, L-1]: from the second token on
             hidden, targets = self.lm(texts)[:, :-1][scored], texts[:, 1:][scored]  # [M, D] and [M]
             size = max(1, chunk // self.lm.config.vocab_size)
             pieces = zip(hidden.split(size), targets.split(size))
