@@ -62,19 +62,21 @@ class Retriever(nn.Module):
         return F.normalize(hidden.float(), dim=-1).view(*ids.shape[:-1], -1)
 
     @torch.no_grad()
-    def encode(self, texts, kind="passage", max_len=512, batch_tokens=16384, progress=False, out=None, chunk=2**16):
+    def encode(self, texts, kind="passage", max_len=512, batch_tokens=None, progress=False, out=None, chunk=2**16):
         """Texts -> unit vectors, float32 [N, D] on the CPU, in the order of `texts`.
 
         kind: "query" or "passage" (they have different prefixes). Texts are read up to `max_len` tokens, EOS included;
-        `chunk` texts at a time are tokenized and run sorted by length, in batches of at most `batch_tokens` tokens (at least
-        one text). Dropout is off. With `out`, a file name, the vectors are written to that .npy file, which must not exist,
-        and what comes back is memory-mapped from it: memory holds one chunk, however many texts there are.
+        `chunk` texts at a time are tokenized and run sorted by length, in batches of at most `batch_tokens` tokens (default: 4096
+        on a CPU, for its caches, else 16384; at least one text). Dropout is off. With `out`, a file name, the vectors are written
+        to that .npy file, which must not exist, and what comes back is memory-mapped from it: memory holds one chunk, however
+        many texts there are.
         """
         if self.tokenizer is None:
             raise ValueError(f"{self.llama.path} has no tokenizer.json, which encode needs")
         weight, was_training, shape = self.llama.embed_tokens.weight, self.training, (len(texts), self.llama.config.hidden_size)
         if out is not None and Path(out).exists():
             raise ValueError(f"{out} exists already; remove it or choose another name")
+        batch_tokens = batch_tokens or (4096 if weight.device.type == "cpu" else 16384)
         vectors = torch.empty(shape)
         if out is not None:
             vectors = torch.from_numpy(np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape))
