@@ -37,6 +37,9 @@ from model import Llama, find, load_adapter
 # gradient within the rounding of float32. At tau = 1e-4 nearly all weights are smaller; at 0.05 hardly any is.
 NEGLIGIBLE = 1e-8
 
+# Tokens in a batch where no gradient is wanted; on a CPU as many as suit its caches (16,384 take a quarter longer there).
+BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 16384}
+
 
 class Retriever(nn.Module):
     """A decoder whose hidden state at the last token, scaled to length one, is the embedding of a text."""
@@ -66,17 +69,16 @@ class Retriever(nn.Module):
         """Texts -> unit vectors, float32 [N, D] on the CPU, in the order of `texts`.
 
         kind: "query" or "passage" (they have different prefixes). Texts are read up to `max_len` tokens, EOS included;
-        `chunk` texts at a time are tokenized and run sorted by length, in batches of at most `batch_tokens` tokens (default: 4096
-        on a CPU, for its caches, else 16384; at least one text). Dropout is off. With `out`, a file name, the vectors are written
-        to that .npy file, which must not exist, and what comes back is memory-mapped from it: memory holds one chunk, however
-        many texts there are.
+        `chunk` texts at a time are tokenized and run sorted by length, in batches of at most `batch_tokens` tokens (default:
+        `BATCH_TOKENS`; at least one text). Dropout is off. With `out`, a file name, the vectors are written to that .npy file,
+        which must not exist, and what comes back is memory-mapped from it: memory holds one chunk, however many texts there are.
         """
         if self.tokenizer is None:
             raise ValueError(f"{self.llama.path} has no tokenizer.json, which encode needs")
         weight, was_training, shape = self.llama.embed_tokens.weight, self.training, (len(texts), self.llama.config.hidden_size)
         if out is not None and Path(out).exists():
             raise ValueError(f"{out} exists already; remove it or choose another name")
-        batch_tokens = batch_tokens or (4096 if weight.device.type == "cpu" else 16384)
+        batch_tokens = batch_tokens or BATCH_TOKENS[weight.device.type]
         vectors = torch.empty(shape)
         if out is not None:
             vectors = torch.from_numpy(np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape))
@@ -237,7 +239,7 @@ class Replug(Revela):
         return loss
 
     @torch.no_grad()
-    def likelihoods(self, batch, batch_tokens=2**14, chunk=2**23):
+    def likelihoods(self, batch, batch_tokens=None, chunk=2**23):
         """l [G, B, B] float32, zero on the diagonal. `batch_tokens` tokens at a time run, `chunk` logits exist at once."""
         self.lm.eval()  # no dropout
         B, T = batch["lm_ids"].shape[1:]
@@ -246,7 +248,7 @@ class Replug(Revela):
         l = torch.zeros(len(ids), B, device=ids.device)  # [N, B]
         pairs = ((row[:, None] // B == row // B) & (row[:, None] != row)).nonzero()  # [P, 2]
         pairs = pairs[n[pairs].sum(1).argsort()]  # those of one length together, so that little is padding
-        for i, j in (p.T for p in pairs.split(max(1, batch_tokens // (2 * T)))):
+        for i, j in (p.T for p in pairs.split(max(1, (batch_tokens or BATCH_TOKENS[ids.device.type]) // (2 * T)))):
             texts, real = torch.cat([ids[j], ids[i]], 1), torch.cat([mask[j], mask[i]], 1)  # [P, 2T]
             order = (~real).int().argsort(dim=1, stable=True)  # D_j, D_i, and what was padding behind either
             start, end = n[j] + n[i] // 2, n[j] + n[i]
