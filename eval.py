@@ -60,7 +60,7 @@ def leave(code=0):
 # measures
 
 
-def rank(run):
+def ranking(run):
     """{qid: document ids, best first}: by float32 score, ties by document id, both descending, as trec_eval does."""
     return {qid: [docid for _, docid in sorted(((np.float32(s).item(), d) for d, s in docs.items()), reverse=True)]
             for qid, docs in run.items()}  # fmt: skip
@@ -68,7 +68,7 @@ def rank(run):
 
 def relevant(run, qrels):
     """The queries of `run` that have a relevant document in `qrels`, each with its ranking and its positive grades."""
-    for qid, docids in rank(run).items():
+    for qid, docids in ranking(run).items():
         grades = {docid: grade for docid, grade in qrels.get(qid, {}).items() if grade > 0}
         if grades:
             yield qid, docids, grades
@@ -180,7 +180,7 @@ def fuse(*runs):
 def show(run, collection, n=3, depth=3):
     """Print the first `n` queries with their first `depth` results; a star marks the relevant ones."""
     corpus, queries, qrels = collection
-    for qid, docids in list(rank(run).items())[:n]:
+    for qid, docids in list(ranking(run).items())[:n]:
         print(f"  query: {queries[qid]}")
         for docid in docids[:depth]:
             print(f"    {'*' if qrels[qid].get(docid, 0) > 0 else ' '} {run[qid][docid]:.3f}  {corpus[docid]}")
@@ -211,7 +211,7 @@ def interactive(path, retriever, bm25, folder=None, progress=False, **encode):
                 scores, best = search(retriever.encode([question], "query", **encode), vectors, 1000)
                 runs.append({"": dict(zip(best[0].tolist(), scores[0].tolist()))})
             run = fuse(*runs) if len(runs) > 1 else runs[0]
-            for i in rank(run)[""][:5]:
+            for i in ranking(run)[""][:5]:
                 print(f"{run[''][i]:7.3f}  {sources[i]}\n         {textwrap.shorten(passages[i], 200)}")
             if not run[""]:
                 print("nothing found")

@@ -171,19 +171,35 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True, pairs=None):
         v, bias = v / n[..., None].to(v.dtype), bias + n.log()
     # The bias rides along as one more coordinate (q's is 1), since SDPA's fast kernels take no bias with a gradient.
     bias = (bias * math.sqrt(d)).to(k.dtype).expand(k.shape[:-1])
-    k, v, q = torch.cat([k, bias[..., None]], -1), F.pad(v, (0, 1)), F.pad(q, (0, 1), value=1.0)
+    k, q = torch.cat([k, bias[..., None]], -1), F.pad(q, (0, 1), value=1.0)
+    # What a pair computes is far larger than what it computes it from, so it is not kept but done again for backward. It is
+    # done for a few pairs or passages i at a time, so that their scores fit into a CPU's cache.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+    if q.device.type in WRITTEN_OUT and 2 * len(i) > G * B * (B - 1):  # most pairs: two matmuls with all keys and all values
+        keys, values = k.permute(0, 2, 4, 1, 3).flatten(3), v.transpose(1, 2).flatten(2, 3)  # [G, H_kv, d+1, B*T], [G, H_kv, B*T, d]
+
+        def rows(q, w):  # of b passages i: q [G, b, H, T, d+1], w [G, b, B] -> [G, b, H, T, d]
+            b, H_kv = q.shape[1], len(keys[0])
+            q = q.unflatten(2, (H_kv, -1)).transpose(1, 2).flatten(2, 4) / math.sqrt(d)  # [G, H_kv, b*H/H_kv*T, d+1]
+            a = (q @ keys).view(G, H_kv, b, -1, B, T).softmax(-1)
+            w = w[:, None, :, None].expand(a.shape[:-1]).to(a.dtype)  # before rounding, so that its gradient is summed in float32
+            out = (a * w[..., None]).flatten(2, 3).flatten(3) @ values  # [G, H_kv, b*H/H_kv*T, d]
+            return out.view(G, H_kv, b, -1, T, d).transpose(1, 2).flatten(2, 3)
+
+        w = torch.zeros_like(weights).index_put((g, i, j), weights[g, i, j]).to(wide)
+        size = max(1, 2**24 // (G * H * T * T * B))
+        return torch.cat([again(rows, *part) for part in zip(q.split(size, 1), w.split(size, 1))], 1)
 
     def terms(q, k, v, w, q_at, kv_at):  # the sum of w_ij C_ij over some pairs [G*B, H, T, d]
         wv = (v.index_select(0, kv_at) * w[:, None, None, None]).to(v.dtype)  # [P, H_kv, T, d+1]
         c = attend(q.index_select(0, q_at), k.index_select(0, kv_at), wv, 1 / math.sqrt(d))[..., :d]
         return torch.zeros(G * B, H, T, d, dtype=wide, device=q.device).index_add(0, q_at, c.to(wide))
 
-    q, k, v, w = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), weights[g, i, j].to(wide)
-    out = 0
-    size = max(1, 2**24 // (H * T * T))  # pairs at a time, so that their scores fit into a CPU's cache
+    q, k, v, w = q.flatten(0, 1), k.flatten(0, 1), F.pad(v, (0, 1)).flatten(0, 1), weights[g, i, j].to(wide)
+    out, size = 0, max(1, 2**24 // (H * T * T))
     for part in zip(w.split(size), (g * B + i).split(size), (g * B + j).split(size)):
-        # what a pair computes is far larger than what it computes it from, so it is not kept but done again for backward
-        out = out + checkpoint(terms, q, k, v, *part, use_reentrant=False, preserve_rng_state=False)
+        out = out + again(terms, q, k, v, *part)
     return out.unflatten(0, (G, B)).to(q.dtype)
 
 

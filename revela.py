@@ -159,8 +159,7 @@ class Revela(nn.Module):
         else:
             weights = self.weights(batch)
             pairs = (weights > NEGLIGIBLE).nonzero(as_tuple=True)
-            options = (self.v_norm, self.inbatch_scale, self.dual_loss, pairs)
-            hidden, context = self.lm.forward_in_batch(ids, mask, weights, *options)
+            hidden, context = self.lm.forward_in_batch(ids, mask, weights, self.v_norm, self.inbatch_scale, self.dual_loss, pairs)
         loss = self.cross_entropy(hidden, batch)
         self.stats["loss"] = loss.detach()
         if context is not None:

@@ -56,22 +56,45 @@ def problem(seed=0, G=2, B=3, H=4, H_kv=2, T=5, d=6):
     return rand(G, B, H, T, d), rand(G, B, H_kv, T, d), rand(G, B, H_kv, T, d), rand(G, B, B).abs(), mask
 
 
+@pytest.mark.parametrize("kept", [6, 4, 3])
 @pytest.mark.parametrize("v_norm", [True, False])
-def test_in_batch_attention_equals_loops(v_norm, attention):
+def test_in_batch_attention_equals_loops(v_norm, kept, attention):
+    """Also when only `kept` of a group's 6 pairs count: more than half take another way than a few."""
     q, k, v, w, mask = problem()
     v[0, 0, 0, 0] = 0  # a value of norm zero
-    out = in_batch_attention(q, k, v, w, mask, v_norm)
+    at = torch.tensor([[0, 1], [2, 0], [1, 2], [1, 0], [0, 2], [2, 1]])[:kept].T
+    counts = torch.zeros(3, 3).index_put(tuple(at), torch.ones(kept))
+    out = in_batch_attention(q, k, v, w, mask, v_norm, None if kept == 6 else counts.expand(2, 3, 3).nonzero(as_tuple=True))
     for g in range(2):
-        truth = naive_attention(q[g], k[g], v[g], w[g], mask[g], v_norm)
+        truth = naive_attention(q[g], k[g], v[g], w[g] * counts, mask[g], v_norm)
         torch.testing.assert_close(out[g], truth, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(in_batch_attention(q[g], k[g], v[g], w[g], mask[g], v_norm), truth, rtol=1e-10, atol=1e-12)
+        if kept == 6:
+            torch.testing.assert_close(in_batch_attention(q[g], k[g], v[g], w[g], mask[g], v_norm), truth, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("v_norm", [True, False])
-def test_in_batch_attention_gradients(v_norm, attention):
+def test_in_batch_attention_gradients(v_norm, few, attention):
     q, k, v, w, mask = problem(1, G=2, B=3, H=2, H_kv=1, T=3, d=2)
     inputs = [x.requires_grad_() for x in (q, k, v, w)]
-    assert torch.autograd.gradcheck(lambda *x: in_batch_attention(*x, mask, v_norm), inputs)
+    pairs = (torch.tensor([0, 0, 1]), torch.tensor([0, 0, 2]), torch.tensor([1, 2, 0])) if few else None
+    assert torch.autograd.gradcheck(lambda *x: in_batch_attention(*x, mask, v_norm, pairs), inputs)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_gradient_of_the_weights_in_bfloat16_survives_what_passages_share(few):
+    """The softmax over passages sees differences alone, of gradients that are large and nearly equal where passages share much."""
+    q, k, v, w, mask = problem(3, G=1, B=8, T=64, d=64)
+    v, d_out = v + 2, 2 + torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = torch.arange(8) > torch.arange(8)[:, None] if few else ~torch.eye(8, dtype=torch.bool)
+    differences = []
+    for dtype, w in ((torch.float64, w / w.sum(-1, keepdim=True)), (torch.bfloat16, (w / w.sum(-1, keepdim=True)).float())):
+        out = in_batch_attention(*(x.to(dtype) for x in (q, k, v)), w.requires_grad_(), mask, False, kept[None].nonzero(as_tuple=True))
+        out.backward(d_out.to(dtype))
+        rows = [row[keep].double() for row, keep in zip(w.grad[0], kept) if keep.any()]
+        differences.append(torch.cat([row - row.mean() for row in rows]))
+    truth, low = differences
+    assert (low - truth).abs().max() < 0.1 * truth.abs().max()
 
 
 def test_in_batch_attention_in_bfloat16_stays_close():
