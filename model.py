@@ -157,7 +157,7 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True, pairs=None):
     weights  [B, B]            w_ij >= 0; its diagonal is ignored
     mask     [B, T]            true at real tokens; every passage has at least one
     v_norm   False leaves the division out: C_ij[t] = sum_u a_u v_ju
-    pairs    (g, i, j), three int64 [P]: the only terms of the sums to compute; None: all with i != j
+    pairs    (g, i, j), three int64 [P]: the only terms of the sums that count; None: all with i != j
     returns  [B, H, T, d]
     """
     if q.dim() == 4:
@@ -173,22 +173,22 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True, pairs=None):
     bias = (bias * math.sqrt(d)).to(k.dtype).expand(k.shape[:-1])
     k, q = torch.cat([k, bias[..., None]], -1), F.pad(q, (0, 1), value=1.0)
     # What a pair computes is far larger than what it computes it from, so it is not kept but done again for backward. It is
-    # done for a few pairs or passages i at a time, so that their scores fit into a CPU's cache.
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    # done for `size` pairs at a time, or passages i with as many, so that their scores fit into a CPU's cache.
+    again, size = partial(checkpoint, use_reentrant=False, preserve_rng_state=False), max(1, 2**24 // (H * T * T))
 
     if q.device.type in WRITTEN_OUT and 2 * len(i) > G * B * (B - 1):  # most pairs: two matmuls with all keys and all values
         keys, values = k.permute(0, 2, 4, 1, 3).flatten(3), v.transpose(1, 2).flatten(2, 3)  # [G, H_kv, d+1, B*T], [G, H_kv, B*T, d]
+        H_kv = k.shape[2]
 
         def rows(q, w):  # of b passages i: q [G, b, H, T, d+1], w [G, b, B] -> [G, b, H, T, d]
-            b, H_kv = q.shape[1], len(keys[0])
             q = q.unflatten(2, (H_kv, -1)).transpose(1, 2).flatten(2, 4) / math.sqrt(d)  # [G, H_kv, b*H/H_kv*T, d+1]
-            a = (q @ keys).view(G, H_kv, b, -1, B, T).softmax(-1)
+            a = (q @ keys).unflatten(2, (-1, H // H_kv * T)).unflatten(-1, (B, T)).softmax(-1)  # [G, H_kv, b, H/H_kv*T, B, T]
             w = w[:, None, :, None].expand(a.shape[:-1]).to(a.dtype)  # before rounding, so that its gradient is summed in float32
             out = (a * w[..., None]).flatten(2, 3).flatten(3) @ values  # [G, H_kv, b*H/H_kv*T, d]
-            return out.view(G, H_kv, b, -1, T, d).transpose(1, 2).flatten(2, 3)
+            return out.unflatten(2, (-1, H // H_kv, T)).transpose(1, 2).flatten(2, 3)
 
         w = torch.zeros_like(weights).index_put((g, i, j), weights[g, i, j]).to(wide)
-        size = max(1, 2**24 // (G * H * T * T * B))
+        size = max(1, size // (G * B))
         return torch.cat([again(rows, *part) for part in zip(q.split(size, 1), w.split(size, 1))], 1)
 
     def terms(q, k, v, w, q_at, kv_at):  # the sum of w_ij C_ij over some pairs [G*B, H, T, d]
@@ -197,7 +197,7 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True, pairs=None):
         return torch.zeros(G * B, H, T, d, dtype=wide, device=q.device).index_add(0, q_at, c.to(wide))
 
     q, k, v, w = q.flatten(0, 1), k.flatten(0, 1), F.pad(v, (0, 1)).flatten(0, 1), weights[g, i, j].to(wide)
-    out, size = 0, max(1, 2**24 // (H * T * T))
+    out = 0
     for part in zip(w.split(size), (g * B + i).split(size), (g * B + j).split(size)):
         out = out + again(terms, q, k, v, *part)
     return out.unflatten(0, (G, B)).to(q.dtype)

@@ -33,7 +33,7 @@ from data import Tokenizer, pad
 from model import Llama, find, load_adapter
 
 
-# A passage whose weight is at most this is not computed: what a row of 16 can lose changes neither the loss nor its
+# A passage whose weight is at most this does not count: what a row of 16 can lose changes neither the loss nor its
 # gradient within the rounding of float32. At tau = 1e-4 nearly all weights are smaller; at 0.05 hardly any is.
 NEGLIGIBLE = 1e-8
 

@@ -87,8 +87,8 @@ def test_gradient_of_the_weights_in_bfloat16_survives_what_passages_share(few):
     q, k, v, w, mask = problem(3, G=1, B=8, T=64, d=64)
     v, d_out = v + 2, 2 + torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     kept = torch.arange(8) > torch.arange(8)[:, None] if few else ~torch.eye(8, dtype=torch.bool)
-    differences = []
-    for dtype, w in ((torch.float64, w / w.sum(-1, keepdim=True)), (torch.bfloat16, (w / w.sum(-1, keepdim=True)).float())):
+    differences, w = [], w / w.sum(-1, keepdim=True)
+    for dtype, w in ((torch.float64, w), (torch.bfloat16, w.float())):
         out = in_batch_attention(*(x.to(dtype) for x in (q, k, v)), w.requires_grad_(), mask, False, kept[None].nonzero(as_tuple=True))
         out.backward(d_out.to(dtype))
         rows = [row[keep].double() for row, keep in zip(w.grad[0], kept) if keep.any()]
