@@ -25,4 +25,5 @@ axes.set_xticks(sizes, map(str, sizes))
 axes.set_ylim(0)
 axes.set(xlabel="passages in a group", ylabel="nDCG@10")
 axes.legend(frameon=False, ncols=2, fontsize=11, loc="lower right")
-picture.savefig(sys.argv[1], metadata={"Date": None})
+with open(sys.argv[1], "x") as file:  # must not exist
+    picture.savefig(file, format="svg", metadata={"Date": None})
