@@ -1,15 +1,12 @@
-"""Text in, tensors out: tokenizer, batches, the stream of groups; how groups are made of documents; test collections.
+"""Files in, groups out: the stream of groups, and how groups are made of raw documents.
 
-A *group* is what one in-batch attention sees: passages that belong together. It is one line of a JSON-lines file, a list
-of texts or {"src": ..., "text": [...]} (the published corpora's format). Groups are made of raw documents by
+A *group* is what one in-batch attention sees: passages that belong together. It is one line of a
+JSON-lines file: a list of texts, or {"src": ..., "text": [...]} as in the published corpora. Raw
+documents, {"text": ...} on a line of its own each, become groups by
 
-    python data.py --docs docs.jsonl --out groups.jsonl                  # neighbours: consecutive passages of a document
-    python data.py --docs docs.jsonl --out groups.jsonl --group bm25     # a passage and those nearest to it by BM25
+    python data.py --docs docs.jsonl --out groups.jsonl
 
-where a document is {"text": ...} on a line of its own. Training and evaluation share this file's `Tokenizer`: the prefixes,
-the EOS token and the truncation exist only here.
-
-Shapes:   G groups   B passages of a group   T tokens
+Further down: test collections, the toy world, and the readers of files that may be a stranger's.
 """
 
 import argparse
@@ -18,191 +15,59 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
 import zlib
-from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import tokenizers
 import torch
+from safetensors.torch import load_file
 
-from model import Llama, LlamaConfig, check, existing, find, parse, read_json, read_safetensors, reading, save_model
+PREFIX = {"query": "query: ", "passage": "passage: "}  # what the retriever reads before a text
 
-PREFIX = {"query": "query: ", "passage": "passage: "}
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """The --help of all our commands: with the default of each flag that has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, [], argparse.SUPPRESS) else super()._get_help_string(action)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tokens
-
-
-class Tokenizer:
-    """The tokenizer.json of a model folder, and the end-of-text token that goes with it."""
-
-    def __init__(self, folder):
-        """The EOS is tokenizer_config.json's eos_token, else config.json's eos_token_id; ValueError if there is none."""
-        folder = find(folder)
-        self.file, self.config = existing(folder / "tokenizer.json"), LlamaConfig.from_pretrained(folder)
-        eos = read_json(folder / "tokenizer_config.json").get("eos_token") if (folder / "tokenizer_config.json").exists() else None
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        with reading(self.file, f"is not a tokenizer, or not one for eos_token {eos!r:.80}"):
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
-            self.tokenizer.no_truncation()
-            self.tokenizer.no_padding()
-            self.eos_id = self.tokenizer.token_to_id(eos) if eos else self.config.eos_token_id
-        if self.eos_id is None or not 0 <= self.eos_id < self.config.vocab_size:
-            raise ValueError(f"{folder}: no EOS token: tokenizer_config.json needs an eos_token that is in the vocabulary")
-
-    def lm_ids(self, texts, max_len):
-        """Token ids of `texts` as the language model reads them: no prefix, no EOS; a BOS if the tokenizer adds one."""
-        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # half of a surrogate pair -> "?"
-        with reading(self.file, "fails at a text"):
-            rows = [encoding.ids[:max_len] for encoding in self.tokenizer.encode_batch_fast(texts)]
-        if (most := max(map(max, filter(None, rows)), default=0)) >= self.config.vocab_size:
-            raise ValueError(f"{self.file} makes token {most} of a text, but the model's vocab_size is {self.config.vocab_size}")
-        return rows
-
-    def retriever_ids(self, texts, kind, max_len, ratio=1.0):
-        """Token ids of `texts` as the retriever reads them: prefix, text, EOS; at most `max_len` of them.
-
-        `ratio` < 1 keeps only the first int(n * ratio) of the n tokens before the EOS (prefix counted).
-        """
-        rows = self.lm_ids([PREFIX[kind] + text for text in texts], max_len - 1)
-        return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
-
-    def second_half_ids(self, texts, max_len):
-        """Token ids of what the queries of ratio 0.5 leave out of `texts`, as passages: prefix, second half, EOS."""
-        query, passage = self.lm_ids([prefix.strip() for prefix in (PREFIX["query"], PREFIX["passage"])], max_len)
-        rows = self.lm_ids([PREFIX["query"] + text for text in texts], max_len - 1)
-        return [(passage + row[max(len(query), int(len(row) * 0.5)) :])[: max_len - 1] + [self.eos_id] for row in rows]
-
-
-def pad(rows, value):
-    """Lists of ids -> ids [N, T] int64 and mask [N, T] bool, padded on the right to the length of the longest, rounded up
-    to a multiple of 8 (odd lengths are slow on GPUs and CPUs alike)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(-(-int(lengths.max()) // 8) * 8) < lengths[:, None]  # [N, T]
-    ids = torch.full(mask.shape, value, dtype=torch.int64)
-    ids[mask] = torch.tensor([token for row in rows for token in row])
-    return ids, mask
-
-
-def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False, second_half=False):
-    """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
-
-    `first_half`: the query of a passage is its first half, so that predicting the second half is what retrieval pays
-    for; groups with src "stackoverflow" keep the whole passage (as published: there a question comes with its answers).
-    `second_half`: every query is a first half, and its passage is the second: the two have no token in common.
-    """
-    texts = [text for group, _ in groups for text in group]
-    queries = []
-    for group, src in groups:
-        ratio = 0.5 if second_half or (first_half and src != "stackoverflow") else 1.0
-        queries += tokenizer.retriever_ids(group, "query", passage_max_len, ratio)
-    if second_half:
-        passages = tokenizer.second_half_ids(texts, passage_max_len)
-    else:
-        passages = tokenizer.retriever_ids(texts, "passage", passage_max_len)
-    rows = {
-        "query": (queries, tokenizer.eos_id),
-        "passage": (passages, tokenizer.eos_id),
-        "lm": ([row or [lm_tokenizer.eos_id] for row in lm_tokenizer.lm_ids(texts, passage_max_len)], lm_tokenizer.eos_id),
-    }
-    batch = {}
-    for name, (ids, eos) in rows.items():
-        ids, mask = pad(ids, eos)  # [G*B, T]
-        batch[name + "_ids"], batch[name + "_mask"] = ids.unflatten(0, (len(groups), -1)), mask.unflatten(0, (len(groups), -1))
-    return batch
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# reading
-
-
-def read_lines(file):
-    """(line number, JSON value) of each non-empty line of a JSON-lines file, gzipped or not."""
-    with reading(file, "cannot be read"), (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, parse(line, f"{file}:{number}")
+# --------------------------------------------------------------------------------------------------
+# the stream of groups
 
 
 def parse_group(line, where, size):
-    """One line of a groups file -> (its first `size` texts, src or None)."""
-    group = parse(line, where)
-    texts, src = (group.get("text"), group.get("src")) if isinstance(group, dict) else (group, None)
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f'{where}: need a list of texts, or {{"src": ..., "text": [...]}} with one')
-    if len(texts) < max(size, 2):
-        raise ValueError(f"{where}: a group of {len(texts)} passages; need {max(size, 2)} (--train_group_size)")
-    if not all(text.strip() for text in texts[:size]):
-        raise ValueError(f"{where}: passage {[bool(text.strip()) for text in texts].index(False) + 1} is empty")
-    return texts[:size], src
-
-
-def unpacked(file):
-    """The plain file behind a gzipped one: {file}.unpacked, written once beside it (gzip cannot be read from the middle)."""
-    plain, partial = Path(f"{file}.unpacked"), Path(f"{file}.unpacked.{os.getpid()}.partial")
-    time = os.stat(file).st_mtime_ns
-    if not plain.exists() or plain.stat().st_mtime_ns != time:  # it gets the time of what it was made from
-        try:
-            with reading(file, f"cannot be unpacked to {plain}"), gzip.open(file, "rb") as packed, open(partial, "wb") as out:
-                shutil.copyfileobj(packed, out)
-            os.utime(partial, ns=(time, time))
-            os.replace(partial, plain)
-        finally:
-            partial.unlink(missing_ok=True)
-    return plain
-
-
-def group_offsets(file, size):
-    """The byte at which each group of `file` starts, int64; every line is checked on the way, ValueError names file and line.
-
-    They are kept in {file}.index.safetensors, with four numbers by which a later call knows that they still hold: the file's
-    length, its time, `size`, and their own checksum. In a folder that cannot be written to they are just made again.
-    """
-    state, index, offsets, position = os.stat(file), f"{file}.index.safetensors", [], 0
-    made_from = lambda offsets: [state.st_size, state.st_mtime_ns, size, zlib.crc32(offsets.numpy().tobytes())]
-    try:
-        kept = read_safetensors(index)
-        if kept["offsets"].dtype == torch.int64 and kept["made_from"].tolist() == made_from(kept["offsets"]):
-            return kept["offsets"].numpy()
-    except (OSError, ValueError, KeyError):  # none there, or not one of ours
-        pass
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                parse_group(line, f"{file}:{number}", size)
-                offsets.append(position)
-            position += len(line)
-    if not offsets:
-        raise ValueError(f"{file} holds no groups")
-    offsets, partial = torch.tensor(offsets), Path(f"{file}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(safetensors.torch.save({"made_from": torch.tensor(made_from(offsets)), "offsets": offsets}))
-        os.replace(partial, index)
-    except OSError:
-        partial.unlink(missing_ok=True)
-    return offsets.numpy()
+    """(first `size` texts, src or None) of a line. Raises ValueError that begins with `where`."""
+    group, src = parse(line, where), None
+    if isinstance(group, dict):
+        group, src = group.get("text"), group.get("src")
+    if not isinstance(group, list) or not all(isinstance(text, str) for text in group):
+        raise ValueError(
+            f'{where}: need a list of texts, or {{"src": ..., "text": [...]}} with one'
+        )
+    if len(group) < max(size, 2):
+        need = f"need {max(size, 2)} (--train_group_size)"
+        raise ValueError(f"{where}: a group of {len(group)} passages; {need}")
+    for number, text in enumerate(group[:size], 1):
+        if not text.strip():
+            raise ValueError(f"{where}: passage {number} is empty")
+    return group[:size], src
 
 
 class Groups(torch.utils.data.Dataset):
-    """The groups of a JSON-lines file, gzipped or not, read one at a time from their byte offsets: it need not fit in memory."""
+    """The groups of a JSON-lines file, read one at a time: the file need not fit in memory."""
 
     def __init__(self, file, size):
-        """`size`: passages of a group that are used. Raises ValueError that names file and line of what is no group."""
-        self.file, self.size = str(unpacked(file) if str(file).endswith(".gz") else file), size
-        self.offsets = group_offsets(self.file, size)
+        """size: passages of a group that are used. Raises ValueError that names a bad line."""
+        if str(file).endswith(".gz"):
+            raise ValueError(f"{file}: groups are read from the middle of a file; gunzip it first")
+        self.file, self.size, self.checksum = str(file), size, 0
+        offsets, position = [], 0
+        with open(existing(file), "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    parse_group(line, f"{file}:{number}", size)
+                    offsets.append(position)
+                position += len(line)
+                self.checksum = zlib.crc32(line, self.checksum)
+        if not offsets:
+            raise ValueError(f"{file} holds no groups")
+        self.offsets = np.array(offsets)
 
     def __len__(self):
         return len(self.offsets)
@@ -210,14 +75,16 @@ class Groups(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with open(self.file, "rb") as lines:
             lines.seek(self.offsets[i])
-            return parse_group(lines.readline(), f"{self.file}: byte {self.offsets[i]}", self.size)
+            return parse_group(lines.readline(), f"{self.file}: group {i}", self.size)
 
 
 def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1):
-    """Which of n groups this rank reads: a list of `groups` indices for each micro-batch of updates `first` to `last` - 1.
+    """Which of n groups this rank reads: `groups` indices for each micro-batch of updates `first`
+    to `last` - 1.
 
-    Each epoch is a permutation that depends on (seed, epoch) alone, and update u takes the next world * accumulation *
-    groups of it; so a resumed run goes on where it was, and the same update on more ranks reads the same groups.
+    Each epoch is a permutation that depends on (seed, epoch) alone, and update u takes the next
+    world * accumulation * groups of it. So a resumed run goes on where it was, and the same update
+    on more ranks reads the same groups.
     """
     epoch, order = -1, None
     for micro in range(first * accumulation, last * accumulation):
@@ -231,107 +98,60 @@ def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1)
         yield indices
 
 
-def read_beir(folder, split="test"):
-    """A test collection in BEIR layout: corpus {docid: title + text}, queries {qid: text}, qrels {qid: {docid: grade}}.
-
-    Only queries with a relevant document are kept. Raises ValueError or FileNotFoundError that names file and line.
-    """
-    folder = Path(folder)
-    texts = {}
-    for name in ("corpus", "queries"):
-        file = folder / f"{name}.jsonl"
-        texts[name] = {}
-        for number, row in read_lines(file):
-            row = row if isinstance(row, dict) else {}
-            key, title, text = row.get("_id"), row.get("title") or "", row.get("text")
-            key = str(key) if type(key) is int else key  # some collections number their documents; in qrels all is text
-            if not all(isinstance(value, str) for value in (key, title, text)):
-                raise ValueError(f'{file}:{number}: need an object with texts "_id" and "text", and if it has one, "title"')
-            if key in texts[name]:
-                raise ValueError(f"{file}:{number}: id {key!r:.80} occurs twice")
-            texts[name][key] = f"{title} {text}".strip()
-        if not texts[name]:
-            raise ValueError(f"{file} is empty")
-    qrels, file = {}, folder / "qrels" / f"{split}.tsv"
-    for number, line in enumerate(existing(file).read_bytes().splitlines(), 1):  # a str's would end lines at U+2028 too
-        if not line.strip():
-            continue
-        try:
-            qid, docid, grade = line.decode("utf-8-sig").split("\t")[:3]
-            if number == 1 and grade.strip() == "score":
-                continue
-            grade = int(grade)
-            check("score", grade, -(2**31), 2**31, int)
-        except ValueError:
-            raise ValueError(f"{file}:{number}: need query-id, corpus-id and a whole score, tab-separated") from None
-        for what, key in (("queries", qid), ("corpus", docid)):
-            if key not in texts[what]:
-                raise ValueError(f"{file}:{number}: {key!r:.80} is not in {what}.jsonl")
-        if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
-            raise ValueError(f"{file}:{number}: {docid!r:.80} has another score for {qid!r:.80} above")
-    qrels = {qid: grades for qid, grades in qrels.items() if max(grades.values()) > 0}
-    if not qrels:
-        raise ValueError(f"{file} has no relevant document for any query")
-    return texts["corpus"], {qid: texts["queries"][qid] for qid in qrels}, qrels
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # documents -> passages -> groups
 
-# Where a text may be cut, from the best place to the last resort: after a sentence or paragraph, a line, a word.
-CUTS = [re.compile(p) for p in (r"""(?<=[.!?])["')\]]*\s+(?![a-z])|\n\s*\n""", r"\n", r"\s+")]
+# Characters of scripts that are written without spaces: each counts as a word.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+MARKS = "\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3"  # on them
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
+# Where a text may be cut, from the best place to the last resort: after a sentence or paragraph, a
+# line, a word.
+CUTS = [
+    re.compile(r"""(?<=[.!?])["')\]]*\s+(?![a-z])|\n\s*\n|[。！？]["'」』”’]*"""),
+    re.compile(r"\n"),
+    re.compile(rf"\s+|(?<=[{UNSPACED}])(?![{MARKS}])"),
+]
 
 
 def split_passages(text, max_words=120):
-    """Cut `text` into passages of whole sentences, as many as fit into `max_words` words. Nothing is left out or changed
-    but white space at the ends; a sentence that is too long is cut at line ends, and such a line between words.
+    """Cut `text` into passages of whole sentences, as many as fit into `max_words` words.
+
+    Nothing is left out or changed but white space at the ends. A sentence that is too long is cut
+    at line ends, and such a line between words.
 
     >>> split_passages("One two. Three four. Five.", 4)
     ['One two. Three four.', 'Five.']
     """
 
+    def count(piece):
+        return len(WORD.findall(piece))
+
     def pieces(text, cuts):  # each at most max_words long
         start = 0
         for end in [match.end() for match in cuts[0].finditer(text)] + [len(text)]:
             piece, start = text[start:end], end
-            if len(piece.split()) <= max_words:
+            if count(piece) <= max_words or len(cuts) == 1:
                 yield piece
             else:
                 yield from pieces(piece, cuts[1:])
 
     passages, words = [""], 0
     for piece in pieces(text, CUTS):
-        words += len(piece.split())
+        words += count(piece)
         if words > max_words:
             passages.append("")
-            words = len(piece.split())
+            words = count(piece)
         passages[-1] += piece
     return [passage.strip() for passage in passages if passage.strip()]
 
 
-def read_passages(path):
-    """[(source, passage)] of a folder's UTF-8 text files, hidden ones left out, or of a JSON-lines file of {"text": ...}."""
-    path, texts = Path(path), []
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            name = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                with suppress(UnicodeDecodeError):  # not a text
-                    texts.append((str(name), file.read_text(encoding="utf-8-sig")))
-    else:
-        for number, row in read_lines(path):
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f'{path}:{number}: need an object with a text under "text"')
-            texts.append((str(row.get("_id", number)), f"{row.get('title') or ''} {row['text']}"))
-    passages = [(source, passage) for source, text in texts for passage in split_passages(text)]
-    if not passages:
-        raise ValueError(f"{path} holds no text")
-    return passages
-
-
 def group_by_document(documents, size, run_length, seed=0):
-    """Groups of `size` passages from `documents` (lists of passages): runs of up to `run_length` consecutive passages of
-    one document, filled up with shorter runs of others. Every passage is used once, but for those of a last, short group.
+    """Yield groups of `size` passages from `documents`, which are lists of passages.
+
+    A group holds runs of up to `run_length` consecutive passages of one document, filled up with
+    shorter runs of others. Every passage is used once, but for those of a last, short group.
     """
     runs = [doc[i : i + run_length] for doc in documents for i in range(0, len(doc), run_length)]
     random.Random(seed).shuffle(runs)
@@ -342,8 +162,10 @@ def group_by_document(documents, size, run_length, seed=0):
     while any(by_length):
         room = size - len(group)
         fitting = [n for n in range(1, run_length + 1) if by_length[n] and n <= room]
-        run = by_length[fitting[-1]].pop() if fitting else next(runs for runs in by_length if runs).pop()
-        if len(run) > room:  # none fits: cut one
+        if fitting:
+            run = by_length[fitting[-1]].pop()
+        else:  # none fits: cut one
+            run = next(runs for runs in by_length if runs).pop()
             by_length[len(run) - room].append(run[room:])
         group += run[:room]
         if len(group) == size:
@@ -351,61 +173,141 @@ def group_by_document(documents, size, run_length, seed=0):
             group = []
 
 
-def group_by_bm25(documents, size, seed=0):
-    """Groups of a passage and its `size` - 1 nearest by BM25; seeds are drawn until every passage is in some group."""
-    passages = [passage for doc in documents for passage in doc]
-    if len(passages) < size:
-        return
-    index, used = BM25(passages), np.zeros(len(passages), bool)
-    for i in np.random.default_rng(seed).permutation(len(passages)):
-        if not used[i]:
-            scores = index.scores(passages[i])
-            scores[i] = np.inf  # the passage itself comes first
-            nearest = np.argpartition(-scores, size - 1)[:size]
-            nearest = nearest[np.argsort(-scores[nearest], kind="stable")]
-            used[nearest] = True
-            yield [passages[j] for j in nearest]
+def document_text(doc, where):
+    """The text of a document {"text": ...}. Raises ValueError that begins with `where`."""
+    if not isinstance(doc, dict) or not isinstance(doc.get("text"), str):
+        raise ValueError(f'{where}: need an object with a text under "text"')
+    return doc["text"]
 
 
-class BM25:
-    """Lucene's BM25 over texts cut into lower-case words; no stemming, no stop words.
+def decode(raw):
+    """The text of a file's bytes: UTF-8, UTF-16 with a mark, else Windows-1252; None: no text."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") and raw[2:4] != b"\0\0":
+        return raw.decode("utf-16", "replace")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None if b"\0" in raw else raw.decode("cp1252", "replace")
 
-    score(q, d) = sum over the words t of q:  idf(t) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|)),
-    idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
+
+def read_passages(path):
+    """[(source, passage)] of a folder of text files, one such file, or a file of JSON lines.
+
+    Hidden files are left out; what is no text is named. Raises ValueError if there is no text.
     """
-
-    def __init__(self, texts, k1=0.9, b=0.4):
-        self.vocabulary, words, lengths = {}, [], []
-        for text in texts:
-            ids = [self.vocabulary.setdefault(word, len(self.vocabulary)) for word in self.words(text)]
-            lengths.append(len(ids))
-            words.append(np.array(ids, dtype=np.int64))
-        N, V, lengths = len(lengths), len(self.vocabulary), np.array(lengths, dtype=np.float64)
-        docs = np.repeat(np.arange(N), lengths.astype(int))
-        pairs, tf = np.unique(np.concatenate(words) * N + docs, return_counts=True)  # sorted by word, then document
-        word, self.docs = pairs // N, pairs % N
-        df = np.bincount(word, minlength=V)
-        idf = np.log(1 + (N - df + 0.5) / (df + 0.5))
-        self.starts = np.concatenate([[0], np.cumsum(df)])  # word t's postings are starts[t] : starts[t + 1]
-        length = 1 - b + b * lengths[self.docs] / max(lengths.mean(), 1e-9)
-        self.impact = (idf[word] * tf / (tf + k1 * length)).astype(np.float32)
-        self.n = N
-
-    @staticmethod
-    def words(text):
-        return re.findall(r"\w+", text.lower())
-
-    def scores(self, query):
-        """The score of every document, float32 [N]; 0 where no word of the query occurs."""
-        scores = np.zeros(self.n, np.float32)
-        for word, count in Counter(self.words(query)).items():
-            if (t := self.vocabulary.get(word)) is not None:
-                at = slice(self.starts[t], self.starts[t + 1])
-                scores[self.docs[at]] += count * self.impact[at]
-        return scores
+    path, texts = Path(path), []
+    if re.search(r"\.jsonl(\.gz)?$", path.name):
+        for number, doc in read_lines(path):
+            text = document_text(doc, f"{path}:{number}")
+            texts.append((str(doc.get("_id", number)), f"{doc.get('title') or ''} {text}"))
+    else:
+        for file in files_under(path):
+            name = str(file.relative_to(path)) if file != path else file.name
+            if (text := decode(file.read_bytes())) is None:
+                note(f"{file} is no text, and left out")
+            else:
+                texts.append((name, text))
+    passages = [(source, passage) for source, text in texts for passage in split_passages(text)]
+    if not passages:
+        raise ValueError(f"{path} holds no text")
+    return passages
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def files_under(path):
+    """List the files of a folder in order, or the file itself. Links are followed, once each."""
+    if not path.is_dir():
+        return [existing(path)]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        visible = [name for name in sorted(folders) if not name.startswith(".")]
+        folders[:] = [n for n in visible if os.path.realpath(os.path.join(folder, n)) not in seen]
+        found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return [file for file in found if file.is_file()]
+
+
+# --------------------------------------------------------------------------------------------------
+# test collections
+
+
+def read_beir(folder, split="test"):
+    """A test collection in BEIR layout: corpus, queries, qrels.
+
+    corpus {docid: title + text}, queries {qid: text}, qrels {qid: {docid: grade}}. Only queries
+    with a relevant document are kept. A judged document that is not in the corpus is never found; a
+    judged query that has no text is left out; both are said. Raises ValueError or FileNotFoundError
+    that names file and line.
+    """
+    folder = Path(folder)
+    corpus, queries = read_texts(folder / "corpus.jsonl"), read_texts(folder / "queries.jsonl")
+    file = folder / "qrels" / f"{split}.tsv"
+    judged = read_qrels(file)
+    qrels = {qid: grades for qid, grades in judged.items() if qid in queries}
+    pairs = [docid for grades in qrels.values() for docid in grades]
+    unknown = [docid for docid in pairs if docid not in corpus]
+    if 2 * len(qrels) < len(judged) or 2 * len(unknown) > len(pairs):
+        raise ValueError(f"{file} judges mostly queries or documents that {folder} does not hold")
+    if len(qrels) < len(judged):
+        note(f"{file}: {len(judged) - len(qrels)} queries are not in queries.jsonl, and left out")
+    if unknown:
+        note(f"{file}: {len(unknown)} judgements of documents not in corpus.jsonl: never found")
+    qrels = {qid: grades for qid, grades in qrels.items() if max(grades.values()) > 0}
+    if not qrels:
+        raise ValueError(f"{file} has no relevant document for any query")
+    return corpus, {qid: queries[qid] for qid in qrels}, qrels
+
+
+def read_collections(folders, split="test"):
+    """{name: (corpus, queries, qrels)}; the name is the folder's own, or of two alike its path."""
+    names = [Path(folder).resolve().name for folder in folders]
+    named = zip(names, map(str, folders))
+    return {n if names.count(n) == 1 else folder: read_beir(folder, split) for n, folder in named}
+
+
+def read_texts(file):
+    """{id: title + text} of a corpus.jsonl or queries.jsonl."""
+    texts = {}
+    for number, row in read_lines(existing(file)):
+        row = row if isinstance(row, dict) else {}
+        key, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+        key = str(key) if type(key) is int else key  # some number their documents
+        if not all(isinstance(value, str) for value in (key, title, text)):
+            need = 'need an object with texts "_id" and "text", and if it has one, "title"'
+            raise ValueError(f"{file}:{number}: {need}")
+        if key in texts:
+            raise ValueError(f"{file}:{number}: id {key!r:.80} occurs twice")
+        texts[key] = f"{title} {text}".strip()
+    if not texts:
+        raise ValueError(f"{file} is empty")
+    return texts
+
+
+def read_qrels(file):
+    """{qid: {docid: grade}} of lines "qid docid grade", or TREC's "qid 0 docid grade".
+
+    Columns are separated by tabs or spaces. A first line that ends in no number is a header.
+    """
+    qrels = {}
+    for number, line in enumerate(existing(file).read_bytes().splitlines(), 1):
+        with reading(f"{file}:{number}", "is not UTF-8"):
+            line = line.decode("utf-8-sig")
+        fields = [f.strip(" ") for f in line.split("\t")] if "\t" in line else line.split()
+        whole = fields and re.fullmatch(r"[+-]?\d{1,9}", fields[-1])
+        if not line.strip() or number == 1 and not re.search(r"\d", fields[-1]):
+            continue  # empty, or a header
+        trec = len(fields) == 4 and fields[1] in ("0", "Q0")
+        if not whole or not trec and len(fields) != 3:
+            need = "need query-id, corpus-id, whole score, or TREC's query-id, 0, corpus-id, score"
+            raise ValueError(f"{file}:{number}: {need}")
+        qid, docid, grade = fields[0], fields[-2], int(fields[-1])
+        if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
+            raise ValueError(
+                f"{file}:{number}: {docid!r:.80} has another score for {qid!r:.80} above"
+            )
+    return qrels
+
+
+# --------------------------------------------------------------------------------------------------
 # the toy world: people who do not exist, each described several times in different words
 
 
@@ -417,117 +319,284 @@ FIRST = join_words("Al Bri Cor Dan El Fen", "a an is o ya")
 LAST = join_words("Harg Kest Lorn Mund Pell Rost", "a en er ing ov")
 FACTS = {
     "town": join_words("Ash Birch Cold Deer East Fair", "brook field ham port wick"),
-    "job": """baker barber carpenter clerk cook dancer doctor farmer fisher gardener guard hunter judge lawyer mason miller
-        miner painter pilot poet porter potter sailor singer smith tailor teacher trader waiter weaver""".split(),
-    "pet": """bear camel cat cow crow dog donkey dove duck eagle fox frog goat goose hare hawk hen horse lizard mole mouse
-        owl parrot pig rabbit raven sheep snake swan turtle""".split(),
-    "good": """amber apples barley bells boats bread bricks candles carpets cheese clocks copper cotton figs glass gold
-        honey ivory lamps leather marble olives paper pearls pepper salt silk tea tin wool""".split(),
+    "job": """baker barber carpenter clerk cook dancer doctor farmer fisher gardener guard hunter
+        judge lawyer mason miller miner painter pilot poet porter potter sailor singer smith
+        tailor teacher trader waiter weaver""".split(),
+    "pet": """bear camel cat cow crow dog donkey dove duck eagle fox frog goat goose hare hawk hen
+        horse lizard mole mouse owl parrot pig rabbit raven sheep snake swan turtle""".split(),
+    "good": """amber apples barley bells boats bread bricks candles carpets cheese clocks copper
+        cotton figs glass gold honey ivory lamps leather marble olives paper pearls pepper
+        salt silk tea tin wool""".split(),
 }
 WORDINGS = {
-    "town": ("{name} was born in {town}.", "The home of {name} is {town}.", "They know {name} in {town}."),
-    "job": ("{name} works as a {job}.", "The trade of {name} is that of a {job}.", "They say that {name} is a {job}."),
-    "pet": ("{name} keeps a {pet}.", "The friend of {name} is a {pet}.", "They saw {name} with a {pet}."),
-    "good": ("{name} sells {good}.", "The treasure of {name} is {good}.", "They ask {name} for {good}."),
+    "town": (
+        "{name} was born in {town}.",
+        "The home of {name} is {town}.",
+        "They know {name} in {town}.",
+    ),
+    "job": (
+        "{name} works as a {job}.",
+        "The trade of {name} is that of a {job}.",
+        "They say that {name} is a {job}.",
+    ),
+    "pet": (
+        "{name} keeps a {pet}.",
+        "The friend of {name} is a {pet}.",
+        "They saw {name} with a {pet}.",
+    ),
+    "good": (
+        "{name} sells {good}.",
+        "The treasure of {name} is {good}.",
+        "They ask {name} for {good}.",
+    ),
 }
 
 
 def tell(rng, name, tellings):
-    """`tellings` passages about a new person called `name`: three of the four facts about her, in changing words."""
+    """Yield passages about a new person `name`: three of her four facts, in changing words."""
     facts = {"name": name} | {what: rng.choice(values) for what, values in FACTS.items()}
     for _ in range(tellings):
-        yield " ".join(rng.choice(WORDINGS[what]).format(**facts) for what in rng.sample(sorted(FACTS), 3))
+        told = rng.sample(sorted(FACTS), 3)
+        yield " ".join(rng.choice(WORDINGS[what]).format(**facts) for what in told)
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE of 1,024 tokens."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def write_toy_world(folder, seed, n_groups=2000, group_size=16, n_test=200):
-    """Write a world to `folder`: groups.jsonl to train on (each tells twice of `group_size` / 2 people), a test collection
-    in BEIR layout about people whose names occur in no group, a tokenizer trained on the groups, and a tiny decoder
-    with random weights."""
+    """Write a world to `folder`, all but the weights of its tiny decoder.
+
+    groups.jsonl to train on: each group tells twice of `group_size` / 2 people. A test collection
+    in BEIR layout about people whose names occur in no group. A tokenizer trained on the groups.
+    """
     folder, rng = Path(folder), random.Random(seed)
     (folder / "qrels").mkdir(parents=True)
     names = [f"{first} {last}" for first in FIRST for last in LAST]
     rng.shuffle(names)
     groups = []
     for _ in range(n_groups):
-        group = [text for name in rng.sample(names[n_test:], group_size // 2) for text in tell(rng, name, 2)]
+        people = rng.sample(names[n_test:], group_size // 2)
+        group = [text for name in people for text in tell(rng, name, 2)]
         rng.shuffle(group)
         groups.append(group)
     corpus, queries, qrels = [], [], ["query-id\tcorpus-id\tscore"]
     for i, name in enumerate(names[:n_test]):
         query, *passages = tell(rng, name, 3)
         queries.append({"_id": f"q{i}", "text": query})
-        corpus += [{"_id": f"d{i}.{j}", "title": "", "text": text} for j, text in enumerate(passages)]
-        qrels += [f"q{i}\td{i}.{j}\t1" for j in range(len(passages))]
+        for j, text in enumerate(passages):
+            corpus.append({"_id": f"d{i}.{j}", "title": "", "text": text})
+            qrels.append(f"q{i}\td{i}.{j}\t1")
     for name, rows in (("groups", groups), ("corpus", corpus), ("queries", queries)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "qrels" / "test.tsv").write_text("\n".join(qrels) + "\n")
 
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((PREFIX[kind] + text for group in groups for text in group for kind in PREFIX), trainer)
+    tokenizer = train_tokenizer(p + t for group in groups for t in group for p in PREFIX.values())
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    config = LlamaConfig(
-        tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=16, tie_word_embeddings=True, eos_token_id=0, initializer_range=0.05,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    save_model(Llama(config).init_weights(), folder)
+    config = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 64}
+    config |= {"intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"tie_word_embeddings": True, "eos_token_id": 0, "initializer_range": 0.05}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# files. A folder may come from a stranger: nothing in it is code, and only regular files are read.
+# Links are followed: the hub's cache is made of them.
+
+# All that is ever read of a model's folder; nothing else is fetched from the hub.
+FILES = """config.json model.safetensors model-*.safetensors model.safetensors.index.json
+tokenizer.json tokenizer_config.json adapter_config.json adapter_model.safetensors
+sentence_bert_config.json""".split()
+
+
+def find(name):
+    """The folder of `name`: a folder, or a model of the hub, "org/name" or "org/name@revision".
+
+    The hub's cache and its variables (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are respected. Raises
+    ValueError that says how to fetch by hand.
+    """
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download  # here, since it is slow to import
+
+    repo, _, revision = str(name).partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no folder here, and the Hugging Face hub did not give it "
+            f"({str(error).splitlines()[0]}); where there is a network, "
+            f"`hf download {repo} --local-dir FOLDER`, then give FOLDER"
+        ) from None
+
+
+def brief(text):
+    """Make `text`, which may be a stranger's, one short line that a terminal shows as it is."""
+    return repr(str(text))[1:-1][:200]
+
+
+@contextmanager
+def reading(where, failed):
+    """Turn whatever fails inside into one ValueError of one line: "{where} {failed}: ..."."""
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # Rust's, and no Exception
+        if str(error).startswith(str(where)) or not (panic or isinstance(error, Exception)):
+            raise  # it names the place itself, or it is Ctrl-C
+        raise ValueError(f"{where} {failed}: {brief(error) or type(error).__name__}") from None
+
+
+@contextmanager
+def out_of_memory(where, advice):
+    """Turn running out of memory into a ValueError that says what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"out of memory {where} ({str(error).splitlines()[0]}). {advice}"
+        ) from None
+
+
+def existing(file):
+    """Return `file`. Raises FileNotFoundError if it is none, but a folder perhaps, or a device."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist, or is no file")
+    return file
+
+
+def parse(line, where):
+    """The JSON value of the bytes `line`. Raises ValueError that begins with `where`."""
+    with reading(where, "is not JSON in UTF-8"):
+        no_constants = {}.__getitem__  # a KeyError at NaN and Infinity
+        return json.loads(line.decode("utf-8-sig"), parse_constant=no_constants)
+
+
+def read_json(file):
+    """The JSON object in `file`. Raises FileNotFoundError or ValueError that name it."""
+    value = parse(Path(existing(file)).read_bytes(), file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: need a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_safetensors(file):
+    """{name: tensor} of one file. Raises FileNotFoundError or ValueError that name it."""
+    with reading(existing(file), "is damaged or incomplete"):
+        return load_file(file)
+
+
+def read_lines(file):
+    """(line number, JSON value) of each non-empty line of a JSON-lines file, gzipped or not."""
+    opened = gzip.open if str(file).endswith(".gz") else open
+    with reading(file, "cannot be read"), opened(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, parse(line, f"{file}:{number}")
+
+
+def new(path):
+    """Return `path`. Raises ValueError if there is something already, or no folder to hold it."""
+    if path and Path(path).exists():
+        raise ValueError(f"{path} exists already; remove it or choose another name")
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {Path(path).parent}; make it first")
+    return path
+
+
+def note(text):
+    """Print a line for the user, by the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def flags_given(description, flags, argv=None):
+    """({flag: default}, {flag: value given}) of a command line.
+
+    flags: {flag: (default, help)}, whose type is the default's. A bool makes --flag and --no-flag,
+    a tuple lists choices, the first of them the default, a list takes several values, None a text.
+    A number must be at least 0, or from a third to a fourth element of the tuple.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    defaults = {}
+    for name, (default, text, *_) in flags.items():
+        kind, options = type(default), {}
+        if kind is tuple:
+            options["choices"], default = default, default[0]
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is list:
+            options["nargs"] = "+"
+        elif default is not None:
+            options["type"] = kind
+        shown = "" if kind is bool or default in (None, []) else f" (default: {default})"
+        parser.add_argument(f"--{name}", help=text + shown, default=argparse.SUPPRESS, **options)
+        defaults[name] = default
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        limits = dict(enumerate(flags[name]))
+        least, most = limits.get(2, 0), limits.get(3, 1e15)
+        if type(value) in (int, float) and not least <= value < most:
+            raise ValueError(f"--{name} is {value}; need at least {least}, and less than {most:g}")
+    return defaults, given
+
+
+# --------------------------------------------------------------------------------------------------
+
+FLAGS = {
+    "docs": ([], 'JSON-lines files of documents, {"text": ...} each; .gz too'),
+    "out": (None, "JSON-lines file of groups to write; must not exist"),
+    "group_size": (16, "passages in a group", 2),
+    "run_length": (16, "most consecutive passages of one document in a group", 1),
+    "max_words": (120, "most words in a passage", 1),
+    "seed": (0, "order in which documents meet"),
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Make groups of related passages from raw documents.", allow_abbrev=False,
-        formatter_class=Help,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--docs", nargs="+", required=True, help='JSON-lines files of documents, {"text": ...} each, of which only the text is read; .gz too')
-    add("--out", required=True, help="JSON-lines file of groups to write; must not exist")
-    add("--group", choices=("document", "bm25"), default="document",
-        help="document: consecutive passages of one document, or of a few when they are short; bm25: a passage and its nearest")  # fmt: skip
-    add("--group_size", type=int, default=16, help="passages in a group")
-    add("--run_length", type=int, help="most consecutive passages of one document in a group (default: the whole group)")
-    add("--max_words", type=int, default=120, help="most words in a passage")
-    add("--seed", type=int, default=0, help="order in which documents meet")
-    args = parser.parse_args()
-    if args.group_size < 2 or args.max_words < 1 or not 1 <= (args.run_length or 1) <= args.group_size:
-        raise ValueError("need --group_size of at least 2, --max_words of at least 1, --run_length of 1 to --group_size")
-    if Path(args.out).exists():
-        raise ValueError(f"{args.out} exists already; remove it or choose another --out")
+    defaults, given = flags_given("Make groups of passages from raw documents.", FLAGS)
+    args = argparse.Namespace(**defaults | given)
+    if not args.docs or not args.out:
+        raise ValueError("--docs and --out are needed")
+    new(args.out)
+    run_length = min(args.run_length, args.group_size)
 
     documents, seen, repeated = [], set(), 0
     for file in args.docs:
-        for number, doc in read_lines(file):
-            if not isinstance(doc, dict) or not isinstance(doc.get("text"), str):
-                raise ValueError(f'{file}:{number}: need an object with a text under "text"')
-            passages = split_passages(doc["text"], args.max_words)
-            new = [p for p in dict.fromkeys(passages) if p not in seen]
-            repeated += len(passages) - len(new)
-            seen.update(new)
-            documents.append(new)
-    if args.group == "bm25":
-        groups = group_by_bm25(documents, args.group_size, args.seed)
-    else:
-        groups = group_by_document(documents, args.group_size, args.run_length or args.group_size, args.seed)
-    n_groups, partial = 0, Path(f"{args.out}.partial")
+        for number, doc in read_lines(existing(file)):
+            passages = split_passages(document_text(doc, f"{file}:{number}"), args.max_words)
+            fresh = [p for p in dict.fromkeys(passages) if p not in seen]
+            repeated += len(passages) - len(fresh)
+            seen.update(fresh)
+            documents.append(fresh)
+    groups, partial = 0, Path(f"{args.out}.partial")
     try:
         with open(partial, "w", encoding="utf-8", errors="replace") as out:
-            for group in groups:
+            for group in group_by_document(documents, args.group_size, run_length, args.seed):
                 out.write(json.dumps(group, ensure_ascii=False) + "\n")
-                n_groups += 1
-        if not n_groups:
-            raise ValueError(f"{len(seen)} passages are too few for one group of {args.group_size}")
+                groups += 1
+        if not groups:
+            raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
         os.replace(partial, args.out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated ones left out)")
-    print(f"{args.out}: {n_groups:,} groups of {args.group_size}")
+    print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated left out)")
+    print(f"{args.out}: {groups:,} groups of {args.group_size}")
 
 
 if __name__ == "__main__":

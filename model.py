@@ -1,9 +1,8 @@
-"""A Llama-family decoder with LoRA and in-batch attention, which reads and writes Hugging Face files.
+"""A Llama-family decoder with LoRA and in-batch attention, under Hugging Face's names.
 
-The decoder is the usual one: pre-norm blocks of causal attention with rotary positions and grouped key/value heads,
-and a SwiGLU MLP. Parameters carry Hugging Face's names, so that reading a checkpoint is a copy and not a translation.
-What is new is `in_batch_attention`, and `Llama.forward_in_batch`, which runs a batch of passages through the decoder
-twice at once: alone (the context stream) and looking at each other (the in-batch stream).
+The decoder is the usual one: blocks of causal attention with rotary positions and of a SwiGLU MLP.
+Parameters have the names that they have in checkpoints, so that loading is copying. What is new is
+`in_batch_attention`: what the passages of a group read from each other. Files come last.
 
     model = Llama.from_pretrained("path/to/SmolLM2-135M")
     hidden = model(ids)                                  # [N, T, D]
@@ -14,54 +13,20 @@ Shapes, here and in the other files:
     D hidden_size   H query heads   H_kv key/value heads   d head_dim   r LoRA rank
 """
 
-import ctypes
 import json
 import math
 import re
-import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-def tune_allocator():
-    """Tell glibc to keep the memory that it frees. Else a CPU run spends up to half of its time asking the system for it
-    again. The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_ARENA_MAX=1 in the environment; elsewhere
-    than on Linux with glibc it does nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
-        mallopt and mallopt(option, value)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# configuration
-
-
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-# What a number may be, by its name or else its type: least, most, types. Beyond that it is no model's, but would exhaust memory.
-LIMITS = {"num_hidden_layers": (1, 1000, int), "max_position_embeddings": (1, 2**31, int), int: (1, 2**20, int),
-          int | None: (-1, 2**31, int), float: (1e-30, 1e30, int, float)}  # fmt: skip
-
-
-def check(what, value, least, most, *types):
-    """Raise ValueError that begins with `what` if `value` is of none of the `types`, or not from `least` to `most`."""
-    if type(value) not in types or not least <= value <= most:  # type(), since to isinstance() True is an int
-        raise ValueError(f"{what} is {value!r:.80}; need {' or '.join(t.__name__ for t in types)} from {least} to {most}")
-
-
-def check_supported(file, raw, allowed):
-    """Raise ValueError that names `file` and the first field of `raw` whose value is not among the `allowed`."""
-    for field, values in allowed.items():
-        if raw.get(field) not in values:
-            raise ValueError(f"{file}: {field} is {raw.get(field)!r:.80}; supported: {', '.join(map(str, values))}")
+from data import brief, find, note, read_json, read_safetensors, reading
 
 
 @dataclass
@@ -78,9 +43,9 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or Llama 3's: {"rope_type": "llama3", "factor": ..., ...}
+    rope_scaling: dict | None = None  # None, or Llama 3's: {"rope_type": "llama3", "factor": ...}
     tie_word_embeddings: bool = False  # the output head is the embedding
-    model_type: str = "llama"  # "qwen2" is the same with a bias on q, k and v
+    model_type: str = "llama"  # "qwen2": with biases on q, k, v; "qwen3": with norms on q, k
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -88,163 +53,67 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read `path`/config.json. Raises ValueError that names the field if it asks for what is not implemented."""
-        file = find(path) / "config.json"
-        raw = read_json(file)
-        check_supported(file, raw, {
-            "model_type": ("llama", "qwen2"), "hidden_act": (None, "silu"), "attention_bias": (None, False), "mlp_bias": (None, False),
-            "use_sliding_window": (None, False), "quantization_config": (None,), "tie_word_embeddings": (None, False, True),
-        })  # fmt: skip
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
-        rope = rope if isinstance(rope, dict) else {"type": rope}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        check_supported(file, {"RoPE type": kind}, {"RoPE type": ("default", "llama3")})
-        values = {k: v for k, v in raw.items() if k in cls.__annotations__ and v is not None}
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-        values["rope_scaling"] = {"rope_type": kind} | {k: rope.get(k) for k in LLAMA3_ROPE} if kind == "llama3" else None
-        if isinstance(values.get("eos_token_id"), list):  # Llama-3 chat models list several; the first ends a text
-            values["eos_token_id"] = next(iter(values["eos_token_id"]), None)
-        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        for name, kind in cls.__annotations__.items():
-            if name == "head_dim" and name not in values:  # what it follows from has been checked by now
-                values[name] = values["hidden_size"] // values["num_attention_heads"]
-            limits = LIMITS.get(name, LIMITS.get(kind))
-            if limits and (name in values or not hasattr(cls, name)):  # is given, or has no default
-                check(f"{file}: {name}", values.get(name), *limits)
-        config = cls(**values)
-        for name in LLAMA3_ROPE if config.rope_scaling else ():
-            check(f"{file}: RoPE's {name}", config.rope_scaling[name], *LIMITS[float])
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise ValueError(f"{file}: need num_attention_heads that num_key_value_heads divides, and an even head_dim")
-        return config
+        """Read `path`/config.json. Raises ValueError that names a field we do not implement."""
+        return cls(**read_config(find(path)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# in-batch attention
-
-
-# Where attention is written out: forward and backward at T = 160 take a quarter of SDPA's time in bfloat16 on a CPU, and
-# as long in float32.
-WRITTEN_OUT = {"cpu"}
-
-
-def attend(q, k, v, scale, causal=False):
-    """softmax(scale * q k^T) v for q [N, H, T, d] and k, v [N, H_kv, U, d]; each key/value head serves H / H_kv query heads."""
-    if q.device.type not in WRITTEN_OUT:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
-    (N, H, T, d), H_kv, U = q.shape, k.shape[1], k.shape[2]
-    scores = (q.reshape(N, H_kv, -1, d) * scale) @ k.transpose(2, 3)  # [N, H_kv, H/H_kv*T, U]
-    if causal:
-        future = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.view(N, H, T, U).masked_fill_(future, -torch.inf).view(N, H_kv, -1, U)
-    return (scores.softmax(-1) @ v).view(N, H, T, d)
-
-
-def in_batch_attention(q, k, v, weights, mask, v_norm=True, pairs=None):
-    """What each passage of a group reads from the other passages: out_i = sum over j != i of w_ij C_ij.
-
-        C_ij[t] = sum_u a_u v_ju / (sum_u a_u |v_ju| + 1e-6),   a = softmax_u(q_it . k_ju / sqrt(d))
-
-    over all real tokens u of passage j, without a causal mask: D_j is context, not future. The division ("V-norm") is
-    ordinary attention in disguise. With n_u = |v_ju| + 1e-6 and because the a_u sum to one,
-
-        C_ij[t] = sum_u b_u (v_ju / n_u),   b = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
-
-    so it costs one bias per key, and padding is the same bias at minus infinity.
-
-    q        [B, H, T, d]      queries of the in-batch stream, after RoPE (a leading G is allowed everywhere)
-    k, v     [B, H_kv, T, d]   keys (after RoPE) and values of the context stream
-    weights  [B, B]            w_ij >= 0; its diagonal is ignored
-    mask     [B, T]            true at real tokens; every passage has at least one
-    v_norm   False leaves the division out: C_ij[t] = sum_u a_u v_ju
-    pairs    (g, i, j), three int64 [P]: the only terms of the sums that count; None: all with i != j
-    returns  [B, H, T, d]
-    """
-    if q.dim() == 4:
-        return in_batch_attention(q[None], k[None], v[None], weights[None], mask[None], v_norm, pairs)[0]
-    G, B, H, T, d = q.shape
-    g, i, j = pairs or (1 - torch.eye(B, device=q.device)).expand(G, B, B).nonzero(as_tuple=True)
-    wide = torch.promote_types(v.dtype, torch.float32)
-    bias = torch.zeros_like(mask, dtype=wide).masked_fill(~mask.bool(), -1e4)[:, :, None]  # [G, B, 1, T]
-    if v_norm:
-        n = torch.linalg.vector_norm(v.to(wide), dim=-1) + 1e-6  # [G, B, H_kv, T]
-        v, bias = v / n[..., None].to(v.dtype), bias + n.log()
-    # The bias rides along as one more coordinate (q's is 1), since SDPA's fast kernels take no bias with a gradient.
-    bias = (bias * math.sqrt(d)).to(k.dtype).expand(k.shape[:-1])
-    k, q = torch.cat([k, bias[..., None]], -1), F.pad(q, (0, 1), value=1.0)
-    # What a pair computes is far larger than what it computes it from, so it is not kept but done again for backward. It is
-    # done for `size` pairs at a time, or passages i with as many, so that their scores fit into a CPU's cache.
-    again, size = partial(checkpoint, use_reentrant=False, preserve_rng_state=False), max(1, 2**24 // (H * T * T))
-
-    if q.device.type in WRITTEN_OUT and 2 * len(i) > G * B * (B - 1):  # most pairs: two matmuls with all keys and all values
-        keys, values = k.permute(0, 2, 4, 1, 3).flatten(3), v.transpose(1, 2).flatten(2, 3)  # [G, H_kv, d+1, B*T], [G, H_kv, B*T, d]
-        H_kv = k.shape[2]
-
-        def rows(q, w):  # of b passages i: q [G, b, H, T, d+1], w [G, b, B] -> [G, b, H, T, d]
-            q = q.unflatten(2, (H_kv, -1)).transpose(1, 2).flatten(2, 4) / math.sqrt(d)  # [G, H_kv, b*H/H_kv*T, d+1]
-            a = (q @ keys).unflatten(2, (-1, H // H_kv * T)).unflatten(-1, (B, T)).softmax(-1)  # [G, H_kv, b, H/H_kv*T, B, T]
-            w = w[:, None, :, None].expand(a.shape[:-1]).to(a.dtype)  # before rounding, so that its gradient is summed in float32
-            out = (a * w[..., None]).flatten(2, 3).flatten(3) @ values  # [G, H_kv, b*H/H_kv*T, d]
-            return out.unflatten(2, (-1, H // H_kv, T)).transpose(1, 2).flatten(2, 3)
-
-        w = torch.zeros_like(weights).index_put((g, i, j), weights[g, i, j]).to(wide)
-        size = max(1, size // (G * B))
-        return torch.cat([again(rows, *part) for part in zip(q.split(size, 1), w.split(size, 1))], 1)
-
-    def terms(q, k, v, w, q_at, kv_at):  # the sum of w_ij C_ij over some pairs [G*B, H, T, d]
-        wv = (v.index_select(0, kv_at) * w[:, None, None, None]).to(v.dtype)  # [P, H_kv, T, d+1]
-        c = attend(q.index_select(0, q_at), k.index_select(0, kv_at), wv, 1 / math.sqrt(d))[..., :d]
-        return torch.zeros(G * B, H, T, d, dtype=wide, device=q.device).index_add(0, q_at, c.to(wide))
-
-    q, k, v, w = q.flatten(0, 1), k.flatten(0, 1), F.pad(v, (0, 1)).flatten(0, 1), weights[g, i, j].to(wide)
-    out = 0
-    for part in zip(w.split(size), (g * B + i).split(size), (g * B + j).split(size)):
-        out = out + again(terms, q, k, v, *part)
-    return out.unflatten(0, (G, B)).to(q.dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the decoder
 
 
 class Linear(nn.Linear):
-    """x W^T + bias; after `add_lora` also scale * B A dropout(x), with W frozen.
+    """x W^T + bias; after `add_lora` also scale * B A dropout(x), with W frozen."""
 
-    Without dropout that is x (W + scale B A)^T: one matmul for N tokens instead of three, for the price of making the sum
-    (and of its gradient, from which those of A and B follow). In multiplications, beyond those of the layer itself:
-        apart   N r (in + out),  backward twice that      merged   in out r,  backward twice that and N in out
-    """
-
-    def __init__(self, d_in, d_out, bias=False):
-        super().__init__(d_in, d_out, bias=bias)
-        self.lora_A = self.lora_B = self.dropout = None
-        self.scale = 1.0
+    def __init__(self, in_features, out_features, bias=False):
+        super().__init__(in_features, out_features, bias=bias)
+        self.lora_A = self.lora_B = None
+        self.scale, self.dropout = 1.0, 0.0
 
     def forward(self, x):
+        y = super().forward(x)
         if self.lora_A is None:
-            return super().forward(x)
-        (out, d_in), r, N = self.weight.shape, self.lora_A.out_features, x.numel() // x.shape[-1]
-        learning = torch.is_grad_enabled()
-        apart, merged = N * r * (d_in + out), d_in * out * r
-        if self.dropout.p and self.training or (1 + 2 * learning) * apart < (1 + 2 * learning) * merged + learning * N * d_in * out:
-            return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
-        return F.linear(x, self.merged(), self.bias)
+            return y
+        if self.dropout and self.training and torch.is_grad_enabled():
+            # keeps x alone, which q, k and v share, and neither its dropped copies nor masks
+            return y + checkpoint(self.correction, x, use_reentrant=False)
+        return y + self.correction(x)
 
-    def merged(self):
-        """W + scale B A [out, in]."""
-        return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight)
+    def correction(self, x):
+        """scale * B A dropout(x)."""
+        x = dropout(x, self.dropout if self.training else 0.0)
+        return F.linear(self.lora_A(x), self.scale * self.lora_B.weight)
+
+
+def dropout(x, p):
+    """Zero each element with probability p and divide the rest by 1 - p.
+
+    On a CPU torch draws one number an element; four elements a number take a third of its time.
+    Each element gets 16 random bits, so that p is rounded to a multiple of 2^-16.
+    """
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
+    dropped = round(p * 2**16)
+    kept = (bits >= dropped - 2**15).to(x.dtype)
+    return x * kept.mul_(2**16 / (2**16 - dropped))
 
 
 def rope(config, T, device):
-    """cos and sin [T, d] (float32) of the rotary angles at positions 0..T-1, with Llama 3's rescaling if asked for."""
-    freq = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)  # [d/2]
-    if s := config.rope_scaling:  # long wavelengths are stretched by `factor`, short ones kept, between them a ramp
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+    """cos and sin [T, d] float32 of the rotary angles at positions 0..T-1.
+
+    With Llama 3's rescaling, long wavelengths are stretched by `factor`, short ones are kept, and
+    between them is a ramp.
+    """
+    even = torch.arange(0, config.head_dim, 2, device=device).float()  # [d/2]
+    frequency = config.rope_theta ** (-even / config.head_dim)
+    if scaling := config.rope_scaling:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = freq * (keep + (1 - keep) / s["factor"])
-    angles = torch.arange(T, device=device).float()[:, None] * freq  # [T, d/2]
-    angles = torch.cat([angles, angles], dim=-1)
+        frequency = frequency * (keep + (1 - keep) / scaling["factor"])
+    angles = torch.arange(T, device=device).float()[:, None] * frequency  # [T, d/2]
+    angles = torch.cat([angles, angles], dim=-1)  # [T, d]
     return angles.cos(), angles.sin()
 
 
@@ -254,63 +123,92 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
-def recomputed(on, f, *args):
-    """f(*args). If `on`, what f would keep for the backward pass is let go and computed again there (but for a matmul that
-    comes last in f: only its inputs are needed)."""
-    return checkpoint(f, *args, use_reentrant=False) if on and torch.is_grad_enabled() else f(*args)
+# Where attention is written out: in bfloat16 on a CPU, forward and backward at T = 160 take a
+# quarter of the time of torch's scaled_dot_product_attention; in float32 as long.
+WRITTEN_OUT = {"cpu"}
+
+
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(d) at the past) v: q [N, H, T, d], k and v [N, H_kv, T, d] -> as q.
+
+    Each key/value head serves H / H_kv query heads. Padding comes last, so that nobody sees it.
+    """
+    if q.device.type not in WRITTEN_OUT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    (N, H, T, d), H_kv = q.shape, k.shape[1]
+    q = (q / math.sqrt(d)).reshape(N, H_kv, -1, d)  # [N, H_kv, H/H_kv*T, d]
+    scores = (q @ k.transpose(2, 3)).view(N, H, T, T)
+    future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    a = (scores + future).softmax(-1).view(N, H_kv, -1, T)
+    return (a @ v).view(N, H, T, d)
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    """Queries, keys and values of a block, and the projection of what they read."""
+
+    def __init__(self, config):
         super().__init__()
-        self.recompute = False
-        self.head_dim = c.head_dim
-        bias = c.model_type == "qwen2"
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        D, d = config.hidden_size, config.head_dim
+        H, H_kv = config.num_attention_heads, config.num_key_value_heads
+        bias = config.model_type == "qwen2"
+        self.head_dim = d
+        self.q_proj = Linear(D, H * d, bias)
+        self.k_proj = Linear(D, H_kv * d, bias)
+        self.v_proj = Linear(D, H_kv * d, bias)
+        self.o_proj = Linear(H * d, D)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.model_type == "qwen3":
+            self.q_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mix=None, skip=0):
-        heads = lambda y: y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2)  # [N, T, H*d] -> [N, H, T, d]
-        q, k, v = heads(self.q_proj(x[skip:])), heads(self.k_proj(x)), heads(self.v_proj(x))
+    def qkv(self, x, cos, sin):
+        """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
 
-        def read(q, k, v):
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            out = attend(q, k[skip:], v[skip:], 1 / math.sqrt(self.head_dim), causal=True)
-            if mix is not None:  # x is the context stream, then the in-batch stream, N sequences each
-                N = len(x) // 2
-                out = torch.cat([out[:-N], out[-N:] + mix(q[-N:], k[:N], v[:N])])
-            return self.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
+        def heads(y):
+            return y.view(*y.shape[:2], -1, self.head_dim)  # [N, T, H, d]
 
-        return recomputed(self.recompute, read, q, k, v)
+        q = self.q_norm(heads(self.q_proj(x))).transpose(1, 2)
+        k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)
+        v = heads(self.v_proj(x)).transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    """W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, config):
         super().__init__()
-        self.recompute = False
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return recomputed(self.recompute, lambda g, u: self.down_proj(F.silu(g) * u), self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.recompute = False
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mix=None, skip=0):
-        """x [N, T, D]; the first `skip` sequences leave their keys and values to `mix` and go no further."""
-        x = x[skip:] + self.self_attn(recomputed(self.recompute, self.input_layernorm, x), cos, sin, mix, skip)
-        return x + self.mlp(recomputed(self.recompute, self.post_attention_layernorm, x))
+    def forward(self, x, cos, sin, read=None, kv_only=False):
+        """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
+
+        read(q): what is added to the causal attention [N, H, T, d] before `o_proj`.
+        kv_only: leave x as it is; only keys and values are wanted.
+        """
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        if kv_only:
+            return x, k, v
+        out = causal_attention(q, k, v)  # [N, H, T, d]
+        if read is not None:
+            out = out + read(q)
+        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, k, v
 
 
 class Llama(nn.Module):
@@ -320,7 +218,6 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.has_head = config, head
         self.path = None  # where the weights came from
-        self.recompute_blocks = False
         self.lora = None  # rank, alpha, dropout and targets once `add_lora` has been here
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -329,8 +226,29 @@ class Llama(nn.Module):
         if head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", head=True):
+        """Read a Hugging Face checkpoint: config.json, and safetensors in one file or in shards.
+
+        `dtype` is what the weights are kept in, whatever the file has. Raises ValueError that names
+        a tensor which is missing, left over, or of another shape.
+        """
+        folder = find(path)
+        config = LlamaConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config, head)
+        tensors = []
+        for name, tensor in read_tensors(folder):
+            # a retriever needs no head, and some files store a tied one again
+            unused = name == "lm_head.weight" and model.lm_head is None
+            if not unused and not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
+                tensors.append((name.removeprefix("model."), tensor))
+        load_strictly(model, tensors, path, device, dtype)
+        model.path = str(path)
+        return model
+
     def init_weights(self):
-        """Fresh random weights: normal with config.initializer_range, norms at one, biases at zero."""
+        """Draw fresh weights: normal matrices, norms at one, biases at zero. Returns self."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=self.config.initializer_range)
@@ -338,52 +256,19 @@ class Llama(nn.Module):
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         return self
 
-    def recompute_activations(self, how):
-        """What to compute a second time in the backward pass instead of keeping it, to save memory (same results):
-        "none"; "selective": all but what comes out of matmuls, for about a tenth more time; "full": whole blocks."""
-        self.recompute_blocks = how == "full"
-        for block in self.layers:
-            block.recompute = block.self_attn.recompute = block.mlp.recompute = how == "selective"
-
     def forward(self, ids, mask=None):
         """ids [N, T] int64 -> hidden states [N, T, D] after the final norm.
 
-        mask [N, T], true at real tokens, is only checked: they must come first (right padding), and then causal
-        attention never shows them a padding token. What comes out at padding is of no use.
+        mask [N, T], true at real tokens, is only checked: they must come first (right padding), and
+        then causal attention never shows them a padding token. What is at padding is of no use.
         """
         if mask is not None and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
             raise ValueError("mask has padding before a real token; pad on the right")
         cos, sin = rope(self.config, ids.shape[1], ids.device)
         x = self.embed_tokens(ids)  # [N, T, D]
         for block in self.layers:
-            x = recomputed(self.recompute_blocks, block, x, cos, sin)
+            x, _, _ = block(x, cos, sin)
         return self.norm(x)
-
-    def forward_in_batch(self, ids, mask, weights, v_norm=True, scale=1.0, context=False, pairs=None):
-        """The two streams, through each block together: passages alone, and passages reading each other.
-
-        In every block the in-batch stream adds scale * in_batch_attention(its queries, the context stream's keys and
-        values) to its own causal attention. The context stream never reads another passage, so nothing of D_i comes
-        back to D_i; after its last keys and values it has no further use.
-
-        ids, mask [G, B, T]; weights [G, B, B], of which only `pairs` count if they are given; returns the hidden states
-        of the in-batch stream [G, B, T, D] and, if `context` is asked for, those of the context stream (else None).
-        """
-        G, B, T = ids.shape
-
-        def mix(q, k, v):
-            q, k, v = (y.unflatten(0, (G, B)) for y in (q, k, v))  # [G*B, H, T, d] -> [G, B, H, T, d]
-            return scale * in_batch_attention(q, k, v, weights, mask, v_norm, pairs).flatten(0, 1)
-
-        cos, sin = rope(self.config, T, ids.device)
-        x = self.embed_tokens(ids.flatten(0, 1))  # [G*B, T, D]
-        x = torch.cat([x, x])  # [2*G*B, T, D]: context stream, in-batch stream
-        for block in self.layers:
-            skip = G * B if block is self.layers[-1] and not context else 0
-            x = recomputed(self.recompute_blocks, block, x, cos, sin, mix, skip)
-        x = self.norm(x)
-        streams = x.view(-1, G, B, T, x.shape[-1])  # [2 or 1, G, B, T, D]
-        return streams[-1], streams[0] if context else None
 
     def logits(self, hidden):
         """hidden [..., D] -> next-token logits [..., V]."""
@@ -391,44 +276,35 @@ class Llama(nn.Module):
             raise ValueError("this Llama was built without an output head (head=False)")
         return F.linear(hidden, (self.lm_head or self.embed_tokens).weight)
 
-    @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", head=True):
-        """Read a Hugging Face checkpoint folder (config.json, and safetensors in one file or sharded with an index).
 
-        Every tensor of the model must be there in its shape, and every tensor there must belong to the model; else
-        ValueError names it. `dtype` is what the weights are kept in, whatever the file has.
-        """
-        folder = find(path)
-        with torch.device("meta"):
-            model = cls(LlamaConfig.from_pretrained(folder), head)
-        tensors = [(name.removeprefix("model."), t) for name, t in read_tensors(folder)
-                   if not name.endswith("rotary_emb.inv_freq")  # old files store RoPE's frequencies
-                   and (name != "lm_head.weight" or model.lm_head)]  # and some a tied head a second time  # fmt: skip
-        load_strictly(model, tensors, path, device, dtype)
-        model.path = str(path)
-        return model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LoRA
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
-    """Freeze `llama` and give every projection named in `targets` trainable A [r, in], B [out, r] (float32): a
-    correction alpha/r * B A that starts at zero, on `device` or where the layer is. Raises ValueError for an unknown target."""
+    """Freeze `llama` and give its projections a trainable correction alpha/r * B A, zero at first.
+
+    A [r, in] and B [out, r] are float32, on `device` or where the layer is. Raises ValueError for
+    an unknown name in `targets`.
+    """
     if unknown := set(targets) - set(LORA_TARGETS):
-        raise ValueError(f"LoRA target {', '.join(sorted(unknown))} is unknown; the layers are {', '.join(LORA_TARGETS)}")
+        names = ", ".join(sorted(unknown))
+        raise ValueError(
+            f"LoRA target {names} is unknown; the layers are {', '.join(LORA_TARGETS)}"
+        )
     llama.requires_grad_(False)
-    llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(targets)}
+    llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
+    llama.lora["target_modules"] = sorted(targets)
     for name, layer in llama.named_modules():
         if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
-            layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=device or layer.weight.device)
-            layer.lora_B = nn.Linear(r, layer.out_features, bias=False, device=device or layer.weight.device)
+            where = device or layer.weight.device
+            layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=where)
+            layer.lora_B = nn.Linear(r, layer.out_features, bias=False, device=where)
             nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))  # as peft does
             nn.init.zeros_(layer.lora_B.weight)
-            layer.dropout, layer.scale = nn.Dropout(dropout), alpha / r
+            layer.dropout, layer.scale = dropout, alpha / r
 
 
 @torch.no_grad()
@@ -436,164 +312,330 @@ def merge_lora(llama):
     """Make the LoRA matrices part of the weights: the same function without them."""
     for layer in llama.modules():
         if isinstance(layer, Linear) and layer.lora_A is not None:
-            layer.weight = nn.Parameter(layer.merged().to(layer.weight.dtype))
-            layer.lora_A = layer.lora_B = layer.dropout = None
+            merged = layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+            layer.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
+            layer.lora_A = layer.lora_B = None
     llama.lora = None
 
 
-def save_adapter(llama, folder):
-    """Write the LoRA matrices as a folder that `peft` loads, for the base model or, with a head, for the causal LM."""
-    prefix, task = ("base_model.model.model.", "CAUSAL_LM") if llama.has_head else ("base_model.model.", "FEATURE_EXTRACTION")
-    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path, "bias": "none", **llama.lora}
-    tensors = {prefix + name: p.detach() for name, p in llama.named_parameters() if ".lora_" in name}
-    write_folder(folder, "adapter_config.json", config, "adapter_model.safetensors", tensors)
+# --------------------------------------------------------------------------------------------------
+# in-batch attention
 
 
-def load_adapter(llama, folder):
-    """Add the LoRA matrices of a `peft` folder to `llama`. Keys may carry the extra level of a model with a head, and
-    an adapter name (".default"). Raises ValueError for what a plain LoRA does not have."""
-    folder = find(folder)
-    file = folder / "adapter_config.json"
-    config = read_json(file)
-    none, no = (None, [], {}), (None, False)
-    check_supported(file, config, {
-        "peft_type": ("LORA",), "bias": ("none", None), "use_dora": no, "fan_in_fan_out": no, "modules_to_save": none, "rank_pattern": none,
-        "alpha_pattern": none, "layers_to_transform": none, "layer_replication": none,
-    })  # fmt: skip
-    r, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if not isinstance(targets, list) or not all(target in LORA_TARGETS for target in targets):
-        raise ValueError(f"{file}: target_modules is {targets!r:.80}; need a list of layer names: {', '.join(LORA_TARGETS)}")
-    check(f"{file}: r", r, *LIMITS[int])
-    check(f"{file}: lora_alpha", alpha, *LIMITS[float])
-    check(f"{file}: lora_dropout", dropout := config.get("lora_dropout", 0.0), 0, 1, int, float)
-    if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
-        alpha = alpha * math.sqrt(r)
-    tensors = [(name.removeprefix("base_model.model.").removeprefix("model.").replace(".default.", "."), tensor)
-               for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items()]  # fmt: skip
-    add_lora(llama, r, alpha, dropout, targets, device="meta")  # takes no memory before the file has proved that r is so large
-    load_strictly(llama, tensors, folder, llama.embed_tokens.weight.device, torch.float32, only=".lora_")
+def in_batch_attention(q, k, v, weights, mask, v_norm=True):
+    """What each passage of a group reads from the others: out_i = sum over j != i of w_ij C_ij.
 
+        C_ij[t] = sum_u a_u v_ju / (sum_u a_u |v_ju| + 1e-6),   a = softmax_u(q_it . k_ju / sqrt(d))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# files
+    over all real tokens u of passage j. There is no causal mask: D_j is context, not future. The
+    division, "V-norm", is by the mean length of what is read: so |C_ij| <= 1, and how much is read
+    of a passage is up to w_ij, not to the length of its values. `v_norm=False` leaves it out.
 
-# A folder may come from a stranger. Nothing in it is code, it names no file outside of itself, and only regular files are read.
-# Links are followed wherever they lead: the hub's cache is made of them, people link large weights, and who plants one learns
-# nothing, since of a content an error shows one refused value at most.
+    This is the definition. Training runs `in_batch_attention_fast`; a test holds the two equal.
 
-# All that is ever read of a folder; nothing else is fetched from the hub.
-FILES = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-         "tokenizer_config.json", "adapter_config.json", "adapter_model.safetensors")  # fmt: skip
-
-
-def find(name):
-    """The local folder of `name`: a folder, or a model of the Hugging Face hub, "org/name" or "org/name@revision".
-
-    What is fetched goes to the hub's usual cache and is not fetched again; HF_HUB_OFFLINE and HF_ENDPOINT are respected.
-    Raises ValueError that says how to fetch by hand.
+    q        [B, H, T, d]      queries of the in-batch stream, after RoPE (a leading G is allowed)
+    k, v     [B, H_kv, T, d]   keys (after RoPE) and values of the context stream
+    weights  [B, B]            w_ij >= 0; the diagonal is ignored
+    mask     [B, T]            true at real tokens; every passage has at least one
+    returns  [B, H, T, d]
     """
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", str(name)):
-        return Path(name)
-    from huggingface_hub import snapshot_download  # here, since it is slow to import
-
-    repo, _, revision = str(name).partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} is no folder here, and it could not be had from the Hugging Face hub ({str(error).splitlines()[0]}); to "
-            f"fetch it by hand: `hf download {repo} --local-dir FOLDER` where there is a network, then give FOLDER"
-        ) from None
-
-
-def existing(file):
-    """`file`. Raises FileNotFoundError that names it if it is none, but a folder perhaps, or a device that never ends."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist, or is no file")
-    return file
+    if q.dim() == 4:
+        one = (x[None] for x in (q, k, v, weights, mask))
+        return in_batch_attention(*one, v_norm)[0]
+    B, H, d = q.shape[1], q.shape[2], q.shape[4]
+    k = k.repeat_interleave(H // k.shape[2], dim=2)  # [G, B, H, T, d]
+    v = v.repeat_interleave(H // v.shape[2], dim=2)
+    scores = torch.einsum("gihtd,gjhud->gijhtu", q, k) / math.sqrt(d)  # [G, B, B, H, T, T]
+    padding = ~mask.bool()[:, None, :, None, None]  # [G, 1, B, 1, 1, T]
+    a = scores.masked_fill(padding, -torch.inf).softmax(-1)
+    C = torch.einsum("gijhtu,gjhud->gijhtd", a, v)  # [G, B, B, H, T, d]
+    if v_norm:
+        lengths = torch.linalg.vector_norm(v, dim=-1)  # [G, B, H, T]
+        mean = torch.einsum("gijhtu,gjhu->gijht", a, lengths)
+        C = C / (mean[..., None] + 1e-6)
+    itself = torch.eye(B, dtype=torch.bool, device=q.device)
+    w = weights.masked_fill(itself, 0)[..., None, None, None]  # [G, B, B, 1, 1, 1]
+    return (w * C).sum(2).to(q.dtype)  # [G, B, H, T, d]
 
 
-def brief(text):
-    """`text`, in which may stand what a stranger likes, as one short line that a terminal shows as it is."""
-    return repr(str(text))[1:-1][:200]
+# the same, fast. First, V-norm is ordinary attention in disguise. With n_u = |v_ju| + 1e-6, and
+# because the a_u sum to one,
+#
+#     C_ij[t] = sum_u b_u (v_ju / n_u),   b = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
+#
+# so it costs one bias for each key, and padding is the same bias at minus infinity. Second, w_ij
+# goes into the values, and the sum over j into the matmul that sums over u. Third, a passage whose
+# weight is next to nothing is left out.
 
 
-@contextmanager
-def reading(file, failed):
-    """Make whatever a library raises on the content of `file` one ValueError: "{file} {failed}: ...", on one line."""
-    try:
-        yield
-    except BaseException as error:
-        if str(error).startswith(str(file)) or not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # it says so itself, or it is Ctrl-C; a panic in Rust is no Exception either
-        raise ValueError(f"{file} {failed}: {brief(error) or type(error).__name__}") from None
+def in_batch_plan(weights, tolerance, size):
+    """Which passages j each passage i reads: [(i [b], j [b, n])], rows of [N = G*B].
+
+    i and j are passages of all groups, numbered from 0 to N-1. Those i whose number of j with a
+    weight over `tolerance` is about equal stand together: n is the largest number among them.
+    `size` is the largest b * n, pairs that are computed at once.
+    """
+    G, B, _ = weights.shape
+    w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
+    counts, rows = (w > tolerance).sum(1).clamp(min=1).sort(descending=True)  # [N]
+    plan, counts = [], counts.tolist()
+    while rows.numel():
+        n = counts[0]
+        b = max(1, size // n)
+        i, rows, counts = rows[:b], rows[b:], counts[b:]
+        plan.append((i, (i // B * B)[:, None] + order[i, :n]))
+    return plan
 
 
-def parse(line, where):
-    """The JSON value of the bytes `line`. Raises ValueError that begins with `where`."""
-    with reading(where, "is not JSON in UTF-8"):
-        return json.loads(line.decode("utf-8-sig"), parse_constant={}.__getitem__)  # a KeyError at NaN and Infinity
+def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
+    """`in_batch_attention` [G, B, H, T, d] with nothing but the terms of `plan` in its sums.
+
+    Scores exist for one part of the plan at a time, and are computed again for the backward pass:
+    they are far larger than what they are computed from.
+    """
+    (G, B, H, T, d), H_kv = q.shape, k.shape[2]
+    bias = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask.bool(), -torch.inf)[:, :, None]
+    if v_norm:
+        n = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]
+        v, bias = v / n[..., None], bias + n.log()
+    bias = bias.expand(k.shape[:-1]).flatten(0, 1)  # [N, H_kv, T]
+    q = (q / math.sqrt(d)).reshape(G * B, H_kv, -1, d)  # [N, H_kv, H/H_kv*T, d]
+    k, v, w = k.flatten(0, 1), v.flatten(0, 1), weights.flatten(0, 1)  # [N, H_kv, T, d], [N, B]
+
+    def rows(i, j):
+        # index_select, since the backward pass of k[j] adds one number after the other
+        keys, values, biases = (
+            x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
+            for x in (k, v, bias)
+        )  # [b, H_kv, n, T, d] twice, [b, H_kv, n, T]
+        scores = q.index_select(0, i) @ keys.flatten(2, 3).mT  # [b, H_kv, H/H_kv*T, n*T]
+        a = (scores.unflatten(-1, (-1, T)) + biases[:, :, None]).softmax(-1)
+        w_ij = w[i[:, None], j % B][:, None, :, None, None]  # [b, 1, n, 1, 1]; j % B: in its group
+        values = (w_ij * values).to(v.dtype).flatten(2, 3)  # [b, H_kv, n*T, d]
+        return a.flatten(3) @ values  # [b, H_kv, H/H_kv*T, d]
+
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    out = torch.cat([again(rows, i, j) for i, j in plan])
+    back = torch.cat([i for i, _ in plan]).argsort()
+    return out.index_select(0, back).view(G, B, H, T, d)
 
 
-def read_json(file):
-    """The JSON object in `file`. Raises FileNotFoundError or ValueError that name it."""
-    value = parse(Path(existing(file)).read_bytes(), file)
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: need a JSON object, got {type(value).__name__}")
-    return value
+# --------------------------------------------------------------------------------------------------
+# files: Hugging Face checkpoints and PEFT adapters. A folder may come from a stranger: what we do
+# not compute is refused by name, and no file leads out of its folder.
+
+MODEL_TYPES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+# Fields that change what is computed, and the only values with which we compute it. Unset (null,
+# false, zero, empty) is fine everywhere.
+CONFIG_VALUES = {
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1.0,),
+    "attention_bias": (),
+    "attention_dropout": (),
+    "mlp_bias": (),
+    "quantization_config": (),
+    "rope_interleaved": (),
+    "use_sliding_window": (),
+}
+ADAPTER_VALUES = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # others change the base's weights
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+}
+# Fields that are read below, or that change nothing here.
+CONFIG_KNOWN = """architectures dtype is_causal is_llama_config layer_types max_window_layers
+    pretraining_tp rope_parameters sliding_window torch_dtype transformers_version use_cache"""
+ADAPTER_KNOWN = """auto_mapping base_model_name_or_path inference_mode lora_alpha lora_dropout
+    megatron_core peft_version qalora_group_size r revision target_modules task_type use_rslora"""
 
 
-def read_safetensors(file):
-    """{name: tensor} of one safetensors file. Raises FileNotFoundError or ValueError that name it."""
-    existing(file)
-    with reading(file, "is damaged or incomplete"):
-        return load_file(file)
+def unknown_fields(file, raw, allowed, known):
+    """Name the fields of `raw` that are set, and neither in `allowed` nor in `known`, in one line.
+
+    Raises ValueError that names a field whose value is not `allowed`.
+    """
+    fields = {name for name, value in raw.items() if value not in (None, False, [], {}, "")}
+    for name in allowed.keys() & fields:
+        if raw[name] not in allowed[name]:
+            supported = " or ".join(map(str, (*allowed[name], "unset")))
+            raise ValueError(f"{file}: {name} is {raw[name]!r:.80}; supported: {supported}")
+    return brief(", ".join(sorted(fields - allowed.keys() - set(known.split()))))
+
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# What a number may be, by its field or its type: least, most, types. Beyond that it is no model's.
+LIMITS = {
+    "num_hidden_layers": (1, 1000, int),
+    int: (1, 2**20, int),
+    int | None: (-1, 2**31, int),
+    float: (1e-30, 1e30, int, float),
+    bool: (False, True, bool),
+}
+
+
+def check(where, value, least, most, *types):
+    """Raise ValueError that begins with `where` unless `value` is of `types`, in its limits."""
+    if type(value) not in types or not least <= value <= most:  # type(): True is an int
+        names = " or ".join(t.__name__ for t in types)
+        raise ValueError(f"{where} is {value!r:.80}; need {names} from {least} to {most}")
+
+
+def read_config(folder):
+    """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
+    for place in (folder, folder / "retriever"):
+        if (place / "adapter_config.json").exists():
+            base = brief(read_json(place / "adapter_config.json").get("base_model_name_or_path"))
+            raise ValueError(f"{folder} is no model: use --adapter {place} with --model {base}")
+    if (folder / "retriever/config.json").exists():
+        raise ValueError(f"{folder} is a training run: use --model {folder}/retriever")
+    file = folder / "config.json"
+    raw, fields = read_json(file), LlamaConfig.__annotations__
+    if raw.get("model_type") not in list(MODEL_TYPES):
+        given, supported = f"{raw.get('model_type')!r:.80}", ", ".join(MODEL_TYPES)
+        raise ValueError(f"{file}: model_type is {given}; supported: {supported}")
+    if unknown := unknown_fields(file, raw, CONFIG_VALUES, " ".join([CONFIG_KNOWN, *fields])):
+        note(f"{file}: fields unknown to us, and not used: {unknown}")
+    layers = raw.get("layer_types") or []
+    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
+    if not full or raw.get("is_causal") is False:
+        raise ValueError(f"{file}: need layer_types full_attention, and is_causal true, or neither")
+    values = {name: raw[name] for name in fields if raw.get(name) is not None}
+    values |= read_rope(file, raw)
+    if isinstance(raw.get("eos_token_id"), list):  # Llama-3's chat models list several
+        values["eos_token_id"] = next(iter(raw["eos_token_id"]), None)
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    for name, kind in fields.items():
+        if name == "head_dim" and name not in values:  # what it follows from is checked by now
+            values[name] = values["hidden_size"] // values["num_attention_heads"]
+        limits = LIMITS.get(name) or LIMITS.get(kind)
+        if limits and (name in values or not hasattr(LlamaConfig, name)):
+            check(f"{file}: {name}", values.get(name), *limits)
+    if values["num_attention_heads"] % values["num_key_value_heads"] or values["head_dim"] % 2:
+        need = "num_key_value_heads must divide num_attention_heads, and head_dim be even"
+        raise ValueError(f"{file}: {need}")
+    return values
+
+
+def read_rope(file, raw):
+    """rope_theta and rope_scaling of a config.json, as transformers 4 or 5 writes them."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    given = [x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None]
+    theta = [*given, LlamaConfig.rope_theta][0]
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{file}: RoPE type is {kind!r:.80}; supported: default, llama3")
+    read = " ".join(("rope_type type rope_theta", *LLAMA3))
+    if unknown := unknown_fields(file, rope, {"partial_rotary_factor": (1.0,)}, read):
+        raise ValueError(f"{file}: RoPE's {unknown} is not supported")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    for name in LLAMA3:
+        check(f"{file}: RoPE's {name}", rope.get(name), *LIMITS[float])
+    scaling = {"rope_type": kind} | {name: rope[name] for name in LLAMA3}
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def read_tensors(folder):
-    """[(name, tensor)] of a checkpoint: model.safetensors, or the shards that model.safetensors.index.json lists."""
-    folder = Path(folder)
-    index, shards = folder / "model.safetensors.index.json", {"": "model.safetensors"}
+    """[(name, tensor)] of model.safetensors, or of the shards that its index lists."""
+    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
     if not (folder / "model.safetensors").exists() and index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(s)) for s in shards.values()):
+        weight_map = read_json(index).get("weight_map")
+        shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        if not all(re.fullmatch(r"[\w.-]+\.safetensors", str(shard)) for shard in shards):
             raise ValueError(f"{index}: weight_map must name .safetensors files of this folder")
-    return [pair for shard in sorted(set(shards.values())) for pair in read_safetensors(folder / shard).items()]
+    elif not (folder / "model.safetensors").exists() and list(folder.glob("*.bin")):
+        load = "load it with transformers and save_pretrained() it once"
+        raise ValueError(f"{folder} has .bin weights, which we do not read: {load}")
+    return [pair for s in sorted(set(shards)) for pair in read_safetensors(folder / s).items()]
 
 
 def load_strictly(model, tensors, source, device, dtype, only=""):
-    """Make `tensors`, pairs of name and tensor, the parameters of `model` whose names contain `only`: all of them, as `dtype`
-    on `device`. Raises ValueError that names what does not match."""
-    given, expected = dict(tensors), {name: p for name, p in model.state_dict().items() if only in name}
-    if len(given) < len(tensors):
-        raise ValueError(f"{source} has {len(tensors) - len(given)} tensors twice: in two shards, or with and without a prefix")
-    for what, names in {"lacks": expected.keys() - given.keys(), "has, beside what the model needs,": given.keys() - expected.keys()}.items():
-        if names:
-            raise ValueError(f"{source} {what} {len(names)} tensors: {brief(', '.join(sorted(names)[:3]))}")
-    for name, p in expected.items():
-        t = given[name]
-        if p.shape != t.shape or not t.is_floating_point() or t.dtype.itemsize < 2:
-            raise ValueError(f"{source}: tensor {name} has shape {brief(list(t.shape))}, need {list(p.shape)}; "
-                             f"its type is {t.dtype}, need floats of at least 16 bits")  # fmt: skip
-    # copies, since the file's own memory is not aligned, by which matmuls may round otherwise than before they were saved
-    model.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in given.items()}, strict=False, assign=True)
+    """Make `tensors`, pairs of name and tensor, the parameters whose names contain `only`.
+
+    They become `dtype` on `device`. Raises ValueError that names what does not match.
+    """
+    given = {}
+    for name, t in tensors:
+        if name in given:
+            raise ValueError(f"{source} has the tensor {brief(name)} twice")
+        if not t.is_floating_point() or t.dtype.itemsize < 2:
+            raise ValueError(f"{source}: {brief(name)} is {t.dtype}; need floats, 16 bits or more")
+        # a copy: a file's memory is not aligned, and by that matmuls may round otherwise
+        given[name] = t.to(device, dtype, copy=True)
+    for name, p in model.named_parameters():
+        if name in given and given[name].shape != p.shape:
+            has, need = brief(list(given[name].shape)), list(p.shape)
+            raise ValueError(f"{source}: tensor {name} has shape {has}, need {need}")
+    with reading(source, "does not fit the model"):
+        found = model.load_state_dict(given, strict=False, assign=True)
+        missing = [name for name in found.missing_keys if only in name]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"missing {missing[:3]}, left over {found.unexpected_keys[:3]}")
+
+
+def load_adapter(llama, folder):
+    """Add the LoRA matrices of a PEFT folder to `llama`.
+
+    Keys may carry the extra level of a model with a head, and an adapter's name (".default").
+    Raises ValueError that names a field or tensor of what is more than plain LoRA.
+    """
+    folder = find(folder)
+    file = folder / "adapter_config.json"
+    config = read_json(file)
+    if unknown := unknown_fields(file, config, ADAPTER_VALUES, ADAPTER_KNOWN):
+        raise ValueError(f"{file}: {unknown} is set; need plain LoRA, without it")
+    targets, dropout = config.get("target_modules"), config.get("lora_dropout", 0.0)
+    if not isinstance(targets, list) or not all(target in LORA_TARGETS for target in targets):
+        names = ", ".join(LORA_TARGETS)
+        raise ValueError(f"{file}: target_modules is {targets!r:.80}; need a list out of {names}")
+    check(f"{file}: r", r := config.get("r"), *LIMITS[int])
+    check(f"{file}: lora_alpha", alpha := config.get("lora_alpha"), *LIMITS[float])
+    check(f"{file}: lora_dropout", dropout, 0, 1, int, float)
+    if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
+        alpha = alpha * math.sqrt(r)
+    tensors = []
+    for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
+        name = name.removeprefix("base_model.model.").removeprefix("model.")
+        tensors.append((name.replace(".default.", "."), tensor))
+    add_lora(llama, r, alpha, dropout, targets, device="meta")  # no memory before r has proved true
+    device = llama.embed_tokens.weight.device
+    load_strictly(llama, tensors, folder, device, torch.float32, only=".lora_")
+
+
+def save_adapter(llama, folder):
+    """Write the LoRA matrices as a PEFT folder, for the bare decoder or, with a head, the LM."""
+    prefix, task = "base_model.model.", "FEATURE_EXTRACTION"
+    if llama.has_head:
+        prefix, task = "base_model.model.model.", "CAUSAL_LM"
+    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path}
+    config |= {"bias": "none", **llama.lora}
+    tensors = {prefix + n: p for n, p in llama.named_parameters() if ".lora_" in n}
+    write_folder(folder, "adapter_config.json", config, "adapter_model.safetensors", tensors)
 
 
 def save_model(llama, folder):
-    """Write all weights as a Hugging Face checkpoint: a causal LM, or without a head the bare decoder."""
-    c = llama.config
-    architecture = {"llama": "Llama", "qwen2": "Qwen2"}[c.model_type] + ("ForCausalLM" if llama.has_head else "Model")
+    """Write all weights as a Hugging Face checkpoint: a causal LM, or the bare decoder."""
+    name = MODEL_TYPES[llama.config.model_type] + ("ForCausalLM" if llama.has_head else "Model")
     dtype = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
-    config = {"architectures": [architecture], "torch_dtype": dtype, "hidden_act": "silu", **vars(c)}
-    tensors = {name: p.detach() for name, p in llama.named_parameters()}
+    config = {"architectures": [name], "torch_dtype": dtype, "hidden_act": "silu"}
+    tensors = dict(llama.named_parameters())
     if llama.has_head:
-        tensors = {name if name == "lm_head.weight" else "model." + name: p for name, p in tensors.items()}
+        tensors = {"model." + name: p for name, p in tensors.items()}
+    if "model.lm_head.weight" in tensors:
+        tensors["lm_head.weight"] = tensors.pop("model.lm_head.weight")
+    config |= vars(llama.config)
     write_folder(folder, "config.json", config, "model.safetensors", tensors)
 
 
 def write_folder(folder, config_name, config, tensors_name, tensors):
-    """Write {folder}/{config_name} and {folder}/{tensors_name}."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / config_name).unlink(missing_ok=True)  # else a link there would be written through; save_file replaces it
-    (Path(folder) / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, Path(folder) / tensors_name, {"format": "pt"})
+    """Write `folder`/`config_name` and `folder`/`tensors_name`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / config_name).unlink(missing_ok=True)  # a link there would be written through
+    (folder / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
+    save_file(tensors, folder / tensors_name, {"format": "pt"})

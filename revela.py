@@ -1,17 +1,24 @@
 """Revela: a retriever that is trained by nothing but language modelling.
 
-A retriever embeds the B passages of a group; a language model predicts the tokens of each passage while it reads, in
-every block, the other passages, and how much it sees of each is decided by the retriever. To predict well, the
-language model needs the right passages in view; the next-token loss therefore teaches the retriever what is relevant.
+A retriever embeds the B passages of a group; a language model predicts the tokens of each passage
+while it reads, in every block, the other passages, and how much it sees of each is decided by the
+retriever. To predict well, the language model needs the right passages in view; the next-token loss
+therefore teaches the retriever what is relevant.
 
-    1. embed        p_i = unit(retriever("passage: " D_i EOS)),   q_i = unit(retriever("query: " D_i or half of it EOS))
+    1. embed        p_i = unit(retriever("passage: " D_i EOS))
+                    q_i = unit(retriever("query: " D_i EOS)), of D_i or of its first half
     2. similarity   s_ij = q_i . p_j,    w_i = softmax over j != i of s_ij / tau
-    3. two streams  context stream:   the plain causal pass, which leaves keys and values K_j, V_j in every block
-                    in-batch stream:  out_i = causal_attention_i + scale * sum over j != i of w_ij C_ij
-                    (C_ij: what the tokens of D_i read from K_j, V_j; see `model.in_batch_attention`)
-    4. loss         next-token cross-entropy of the in-batch stream; the retriever learns through w alone
+    3. two streams  of the same language model, each passage at positions 0 to T-1 in both
+                    context stream:   the plain causal pass, which leaves keys and values K_j, V_j
+                                      in every block
+                    in-batch stream:  out_i = causal_attention_i + scale * sum over j of w_ij C_ij
+                                      (causal: over its own keys and values; C_ij: what the tokens
+                                      of D_i read from K_j, V_j: `model.in_batch_attention`)
+    4. loss         next-token cross-entropy of the in-batch stream; the retriever learns through w
+                    alone
 
-Two other objectives on the same batches stand at the end, to compare with: `Replug` and `Contrastive`.
+The path from a text to the loss comes first; then `encode`, which is what one wants of a trained
+retriever; last other objectives on the same batches, to compare with.
 
     retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
     vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
@@ -19,30 +26,25 @@ Two other objectives on the same batches stand at the end, to compare with: `Rep
 Shapes:   G groups   B passages of a group   N = G*B   T tokens   D hidden_size   V vocabulary
 """
 
+import itertools
 import os
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Tokenizer, pad
-from model import Llama, find, load_adapter
-
-
-# A passage whose weight is at most this does not count: what a row of 16 can lose changes neither the loss nor its
-# gradient within the rounding of float32. At tau = 1e-4 nearly all weights are smaller; at 0.05 hardly any is.
-NEGLIGIBLE = 1e-8
-
-# Tokens in a batch where no gradient is wanted; on a CPU as many as suit its caches (16,384 take a quarter longer there).
-BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 16384}
+from data import PREFIX, existing, find, new, out_of_memory, read_json, reading
+from model import LIMITS, Llama, check, in_batch_attention_fast, in_batch_plan, load_adapter, rope
 
 
 class Retriever(nn.Module):
-    """A decoder whose hidden state at the last token, scaled to length one, is the embedding of a text."""
+    """A decoder whose hidden state at the last token, at length one, is a text's embedding."""
 
     def __init__(self, llama, tokenizer=None):
         super().__init__()
@@ -50,231 +52,401 @@ class Retriever(nn.Module):
 
     @classmethod
     def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
-        """A Hugging Face checkpoint, and optionally a PEFT adapter on top of it: folders or hub ids. The tokenizer is
-        read where there is one; only `encode` needs it."""
+        """Read a Hugging Face checkpoint, and optionally a PEFT adapter on top of it.
+
+        Both are folders or hub ids. The tokenizer is read where there is one; `encode` needs it.
+        """
         llama = Llama.from_pretrained(base, dtype, device, head=False)
         if adapter:
             load_adapter(llama, adapter)
-        return cls(llama, Tokenizer(base) if (find(base) / "tokenizer.json").exists() else None)
+        has_tokenizer = (find(base) / "tokenizer.json").exists()
+        return cls(llama, Tokenizer(base) if has_tokenizer else None)
 
     def forward(self, ids, mask):
-        """ids, mask [..., T] (right padded) -> unit vectors [..., D] float32: the hidden state at the last real token."""
+        """ids, mask [..., T], right padded -> unit vectors [..., D] float32: the last real token's
+        hidden state."""
         hidden = self.llama(ids.flatten(0, -2))  # [N, T, D]
         last = mask.flatten(0, -2).sum(-1) - 1  # [N]
         hidden = hidden[torch.arange(len(last), device=last.device), last]  # [N, D]
         return F.normalize(hidden.float(), dim=-1).view(*ids.shape[:-1], -1)
 
-    @torch.no_grad()
-    def encode(self, texts, kind="passage", max_len=512, batch_tokens=None, progress=False, out=None, chunk=2**16):
-        """Texts -> unit vectors, float32 [N, D] on the CPU, in the order of `texts`.
+    def encode(self, texts, kind="passage", **options):
+        """Texts -> unit vectors, float32 [N, D] on the CPU. See `encode` below."""
+        return encode(self, texts, kind, **options)
 
-        kind: "query" or "passage" (they have different prefixes). Texts are read up to `max_len` tokens, EOS included;
-        `chunk` texts at a time are tokenized and run sorted by length, in batches of at most `batch_tokens` tokens (default:
-        `BATCH_TOKENS`; at least one text). Dropout is off. With `out`, a file name, the vectors are written to that .npy file,
-        which must not exist, and what comes back is memory-mapped from it: memory holds one chunk, however many texts there are.
-        """
-        if self.tokenizer is None:
-            raise ValueError(f"{self.llama.path} has no tokenizer.json, which encode needs")
-        weight, was_training, shape = self.llama.embed_tokens.weight, self.training, (len(texts), self.llama.config.hidden_size)
-        if out is not None and Path(out).exists():
-            raise ValueError(f"{out} exists already; remove it or choose another name")
-        batch_tokens = batch_tokens or BATCH_TOKENS[weight.device.type]
-        vectors = torch.empty(shape)
-        if out is not None:
-            vectors = torch.from_numpy(np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape))
-        bar = tqdm(total=sum(map(len, texts)), desc=f"{len(texts):,} {kind} texts", unit=" characters", disable=not progress)
-        precision = torch.autocast(weight.device.type, weight.dtype) if weight.dtype.itemsize < 4 else nullcontext()
-        self.eval()
-        with bar, precision:
-            for first in range(0, len(texts), chunk):
-                rows = self.tokenizer.retriever_ids(texts[first : first + chunk], kind, max_len)
-                order, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), 0  # the longest first: memory is claimed at once
-                while start < len(rows):
-                    batch = order[start : start + max(1, batch_tokens // len(rows[order[start]]))]
-                    ids, mask = pad([rows[i] for i in batch], self.tokenizer.eos_id)
-                    vectors[[first + i for i in batch]] = self(ids.to(weight.device), mask.to(weight.device)).cpu()
-                    start += len(batch)
-                    bar.update(sum(len(texts[first + i]) for i in batch))
-        self.train(was_training)
-        if out is not None:
-            os.replace(f"{out}.partial", out)
-        return vectors
+
+# --------------------------------------------------------------------------------------------------
+# the objective
 
 
 class Revela(nn.Module):
-    """The objective: the language model's loss on a batch of groups, through which both models learn.
+    """The language model's loss on a batch of groups, through which both models learn.
 
     attn_temperature   tau; 1e-4 in the published recipe
     v_norm             see `model.in_batch_attention`
-    inbatch_scale      factor on what passages read from each other (1: published; 0: the control, no in-batch attention)
+    inbatch_scale      factor on what passages read from each other; 1 as published
     dual_loss          add the context stream's own next-token loss
     """
 
-    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, inbatch_scale=1.0, dual_loss=False):
+    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, inbatch_scale=1.0,
+                 dual_loss=False):  # fmt: skip
         super().__init__()
         self.retriever, self.lm = retriever, lm
         self.attn_temperature, self.v_norm = attn_temperature, v_norm
         self.inbatch_scale, self.dual_loss = inbatch_scale, dual_loss
         self.stats = {}  # of the last forward; tensors without gradient
 
-    def similarities(self, batch):
-        """s [G, B, B] float32: the cosine of query i (rows) and passage j of a group."""
-        p = self.retriever(batch["passage_ids"], batch["passage_mask"])  # [G, B, D]
-        q = self.retriever(batch["query_ids"], batch["query_mask"])  # [G, B, D]
-        # spread: 0 if all passages have one embedding (collapse), 1 if their mean is zero
-        self.stats["spread"] = (1 - p.detach().flatten(0, 1).mean(0).square().sum()).sqrt()
-        with torch.autocast(p.device.type, enabled=False):  # in float32: tau may be 1e-4
-            return q @ p.transpose(1, 2)  # [G, B, B]
-
-    def weights(self, batch):
-        """w [G, B, B] float32: how much passage i sees of passage j. Rows sum to one, the diagonal is zero."""
-        s = self.similarities(batch)
-        itself = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
-        w = (s / self.attn_temperature).masked_fill(itself, -torch.inf).softmax(-1)
-        self.observe(w.detach())
-        self.stats["dropped_weight"] = w.detach().where(w <= NEGLIGIBLE, 0).sum(-1).mean()
-        return w
-
-    def observe(self, w):
-        """Statistics of distributions over passages, the rows of w."""
-        self.stats["max_weight"] = w.amax(-1).mean()
-        self.stats["weight_entropy"] = torch.special.entr(w).sum(-1).mean()
-
-    def targets(self, batch):
-        """[G, B, T-1] bool: the tokens, from the second on, that are predicted. Padding is not, nor is a token equal to
-        the pad token inside a text (as published)."""
-        ids = batch["lm_ids"][..., 1:]
-        pad_id = self.lm.config.pad_token_id if self.lm.config.pad_token_id is not None else self.lm.config.eos_token_id
-        return batch["lm_mask"][..., 1:].bool() & (ids != (-1 if pad_id is None else pad_id))
-
-    def count(self, batch):
-        """How many things the loss of `batch` is the mean of: its targets, or in the baselines below its passages."""
-        return self.targets(batch).sum()
-
     def forward(self, batch):
-        """batch {query,passage,lm}_{ids,mask}, each [G, B, T] -> the mean loss over the batch's targets (scalar)."""
+        """batch {query,passage,lm}_{ids,mask}, each [G, B, T] -> mean loss over its targets."""
+        q, p = self.embed(batch)
+        w = in_batch_weights(q, p, self.attn_temperature)
         ids, mask = batch["lm_ids"], batch["lm_mask"]
-        if self.inbatch_scale == 0:
-            hidden, context = self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]), None  # [G, B, T, D]
-        else:
-            weights = self.weights(batch)
-            pairs = (weights > NEGLIGIBLE).nonzero(as_tuple=True)
-            hidden, context = self.lm.forward_in_batch(ids, mask, weights, self.v_norm, self.inbatch_scale, self.dual_loss, pairs)
+        hidden = two_streams(self.lm, ids, mask, w, self.v_norm, self.inbatch_scale)
         loss = self.cross_entropy(hidden, batch)
-        self.stats["loss"] = loss.detach()
-        if context is not None:
-            context_loss = self.cross_entropy(context, batch)
+        self.stats = observe(loss, w, p)
+        if self.dual_loss:
+            context_loss = self.cross_entropy(self.lm(ids.flatten(0, 1)).view_as(hidden), batch)
             self.stats["context_loss"] = context_loss.detach()
             loss = loss + context_loss
         return loss
 
+    def embed(self, batch):
+        """The queries and passages of a batch, q and p [G, B, D]."""
+        p = self.retriever(batch["passage_ids"], batch["passage_mask"])
+        q = self.retriever(batch["query_ids"], batch["query_mask"])
+        return q, p
+
+    def weights(self, batch):
+        """w [G, B, B] of a batch."""
+        return in_batch_weights(*self.embed(batch), self.attn_temperature)
+
+    def targets(self, batch):
+        """[G, B, T-1] bool: the tokens, from the second on, that are predicted.
+
+        Padding is not, nor is a token equal to the pad token inside a text (as published).
+        """
+        config, ids = self.lm.config, batch["lm_ids"][..., 1:]
+        pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        return batch["lm_mask"][..., 1:] & (ids != (-1 if pad_id is None else pad_id))
+
+    def count(self, batch):
+        """What the loss of `batch` is the mean of, counted: its targets. Weighs micro-batches."""
+        return self.targets(batch).sum()
+
     def cross_entropy(self, hidden, batch, chunk=2**23):
-        """Mean next-token loss of hidden [G, B, T, D] at the targets of the batch."""
+        """Mean next-token loss of hidden [G, B, T, D] at the targets of the batch.
+
+        `chunk` logits exist at once: all of them would be large (16 x 157 x 128k floats: 1.3 GB).
+        """
         targets = self.targets(batch)
-        hidden, ids = hidden[..., :-1, :][targets], batch["lm_ids"][..., 1:][targets]  # [M, D] and [M]
-        head = (self.lm.lm_head or self.lm.embed_tokens).weight
-        return CrossEntropy.apply(hidden, head, ids, max(1, chunk // len(head))) / max(len(ids), 1)
+        hidden = hidden[..., :-1, :][targets]  # [M, D]
+        ids = batch["lm_ids"][..., 1:][targets]  # [M]
+
+        def loss(hidden, ids):
+            return F.cross_entropy(self.lm.logits(hidden).float(), ids, reduction="sum")
+
+        again = partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=False)
+        size = max(1, chunk // self.lm.config.vocab_size)
+        total = sum(again(h, i) for h, i in zip(hidden.split(size), ids.split(size)))
+        return total / max(len(ids), 1)
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Sum over M targets of logsumexp(W h) - (W h)[target], `size` rows at a time: all logits at once are large (16 x 157
-    x 128k floats are 1.3 GB). The gradient, W^T (softmax(W h) - onehot), is made while a piece's logits are there."""
-
-    @staticmethod
-    def forward(ctx, hidden, W, ids, size):
-        """hidden [M, D], W [V, D], ids [M] int64 -> scalar, float32."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        W_low, total, d_hidden = W.to(dtype), torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-        d_W = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        with torch.autocast(device, enabled=False):
-            for h, at, d_h in zip(hidden.split(size), ids[:, None].split(size), d_hidden.split(size)):
-                h = h.to(dtype)
-                logits = F.linear(h, W_low).float()  # [size, V]
-                total -= logits.log_softmax(-1).gather(1, at).sum()
-                d_logits = logits.softmax(-1).scatter_add_(1, at, -torch.ones_like(at, dtype=torch.float32)).to(dtype)
-                d_h.copy_(d_logits @ W_low)
-                if d_W is not None:
-                    d_W += d_logits.T @ h
-        ctx.save_for_backward(d_hidden, d_W)
-        return total
-
-    @staticmethod
-    def backward(ctx, d_total):
-        d_hidden, d_W = ctx.saved_tensors
-        return d_hidden * d_total, d_W if d_W is None else d_W * d_total, None, None
+def similarities(q, p):
+    """s [G, B, B] float32: the cosine of query i (rows) and passage j, from q and p [G, B, D]."""
+    with torch.autocast(q.device.type, enabled=False):  # in float32: tau may be 1e-4
+        return q @ p.transpose(1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# baselines: the same batches and the same retriever, but other losses, which leave the language model as it is
+def in_batch_weights(q, p, tau):
+    """w [G, B, B] float32: how much passage i sees of passage j.
+
+    Rows sum to one, and the diagonal is zero.
+    """
+    s = similarities(q, p)
+    itself = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
+    return (s / tau).masked_fill(itself, -torch.inf).softmax(-1)
 
 
-class Replug(Revela):
-    """REPLUG LSR (Shi et al. 2023, arXiv 2301.12652): retrieve what helps a frozen language model that reads it before D_i.
+# A passage whose weight is at most this is left out: what a row of 16 can lose by it is below the
+# rounding of float32. At tau = 1e-4 nearly all are, at 0.05 hardly any.
+NEGLIGIBLE = 1e-8
+SCORES = 2**24  # attention scores that exist at once, for all heads: they fit into a CPU's cache
 
-        l_ij = mean over the second half of the tokens of D_i of log p_lm(token | D_j and D_i up to that token)
+
+def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0):
+    """Run a batch through the language model twice: passages alone, and reading each other.
+
+    The context stream never sees another passage, so nothing of D_i comes back to D_i.
+
+    ids, mask [G, B, T], weights [G, B, B] -> hidden states of the in-batch stream [G, B, T, D]
+    """
+    G, B, T = ids.shape
+    cos, sin = rope(lm.config, T, ids.device)
+    weights = weights.masked_fill(torch.eye(B, dtype=torch.bool, device=ids.device), 0)
+    plan = in_batch_plan(weights, NEGLIGIBLE, SCORES // (lm.config.num_attention_heads * T * T))
+
+    def others(q, k, v):  # in_batch_attention, but for what is negligible
+        q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [N, H, T, d] -> [G, B, H, T, d]
+        read = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
+        return scale * read.flatten(0, 1)
+
+    context = stream = lm.embed_tokens(ids.flatten(0, 1))  # [N, T, D]
+    for block in lm.layers:
+        last = block is lm.layers[-1]  # of which the context stream needs keys and values alone
+        context, k, v = block(context, cos, sin, kv_only=last)
+        stream, _, _ = block(stream, cos, sin, read=partial(others, k=k, v=v))
+    return lm.norm(stream).unflatten(0, (G, B))
+
+
+def observe(loss, w, p):
+    """Statistics for the log: of a loss, of distributions over passages w, and of passages p."""
+    w, p = w.detach(), p.detach()
+    return {
+        "loss": loss.detach(),
+        "max_weight": w.amax(-1).mean(),
+        "weight_entropy": torch.special.entr(w).sum(-1).mean(),
+        "dropped_weight": w.where(w <= NEGLIGIBLE, 0).sum(-1).mean(),
+        # 0 if all passages have one embedding (collapse), 1 if their mean is zero
+        "spread": (1 - p.flatten(0, 1).mean(0).square().sum()).clamp(min=0).sqrt(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# text -> batch. Training and evaluation share it: prefixes, EOS and truncation are added here.
+
+
+class Tokenizer:
+    """The tokenizer.json of a model folder, and the end-of-text token that goes with it."""
+
+    def __init__(self, folder):
+        """EOS: tokenizer_config.json's eos_token, else config.json's eos_token_id."""
+        folder = find(folder)
+        self.file, config = existing(folder / "tokenizer.json"), read_json(folder / "config.json")
+        eos, named = config.get("eos_token_id"), folder / "tokenizer_config.json"
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        token = read_json(named).get("eos_token") if named.exists() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        with reading(self.file, f"is not a tokenizer, or not one for eos_token {token!r:.80}"):
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            self.eos_id = self.tokenizer.token_to_id(token) if token else eos
+            plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+            whole = self.tokenizer.encode("a").ids
+            starts = [i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain]
+            self.start = whole[: starts[0]]  # a BOS, perhaps; what is added at the end is left out
+        self.vocab_size = config.get("vocab_size")
+        check(f"{folder}: vocab_size", self.vocab_size, *LIMITS[int])
+        if type(self.eos_id) is not int or not 0 <= self.eos_id < self.vocab_size:
+            need = "tokenizer_config.json needs an eos_token that is in the vocabulary"
+            raise ValueError(f"{folder}: no EOS token: {need}")
+
+    def lm_ids(self, texts, max_len):
+        """Token ids of `texts` as the language model reads them: no prefix, no EOS.
+
+        They begin with a BOS if the tokenizer adds one.
+        """
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a pair -> "?"
+        with reading(self.file, "fails at a text"):
+            rows = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        rows = [(self.start + row.ids)[:max_len] for row in rows]
+        most = max((token for row in rows for token in row), default=0)
+        if most >= self.vocab_size:
+            has = f"but the model's vocab_size is {self.vocab_size}"
+            raise ValueError(f"{self.file} makes token {most} of a text, {has}")
+        return rows
+
+    def retriever_ids(self, texts, kind, max_len, ratio=1.0):
+        """Token ids of `texts` as the retriever reads them: prefix, text, EOS; at most `max_len`.
+
+        `ratio` < 1 keeps the first int(n * ratio) of the n tokens before the EOS, prefix counted.
+        """
+        rows = self.lm_ids([PREFIX[kind] + text for text in texts], max_len - 1)
+        return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
+
+
+def pad(rows, value):
+    """Lists of ids -> ids [N, T] int64 and mask [N, T] bool, padded on the right.
+
+    T is the longest length, rounded up to a multiple of 8, with which matmuls are fastest.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(-(-int(lengths.max()) // 8) * 8) < lengths[:, None]  # [N, T]
+    ids = torch.full(mask.shape, value, dtype=torch.int64)
+    ids[mask] = torch.tensor([token for row in rows for token in row])
+    return ids, mask
+
+
+def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False, apart=False):
+    """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
+
+    `first_half`: the query of a passage is the first half of its tokens, prefix counted; what the
+    weights know of the second half comes from other passages. Groups with src "stackoverflow" keep
+    the whole passage (as published: there a question comes with its answers). `apart`: the query is
+    the first half of the words, and the passage the rest.
+    """
+    rows = {"query": [], "passage": [], "lm": []}
+    for texts, src in groups:
+        queries, passages = zip(*map(halves, texts)) if apart else (texts, texts)
+        ratio = 0.5 if first_half and not apart and src != "stackoverflow" else 1.0
+        rows["query"] += tokenizer.retriever_ids(queries, "query", passage_max_len, ratio)
+        rows["passage"] += tokenizer.retriever_ids(passages, "passage", passage_max_len)
+        rows["lm"] += lm_tokenizer.lm_ids(texts, passage_max_len)
+    rows["lm"] = [row or [lm_tokenizer.eos_id] for row in rows["lm"]]
+    batch = {}
+    for name, ids in rows.items():
+        eos_id = (lm_tokenizer if name == "lm" else tokenizer).eos_id
+        for what, x in zip(("ids", "mask"), pad(ids, eos_id)):
+            batch[f"{name}_{what}"] = x.unflatten(0, (len(groups), -1))  # [N, T] -> [G, B, T]
+    return batch
+
+
+def halves(text):
+    """The first half of the words of `text`, and the rest."""
+    words = text.split()
+    middle = (len(words) + 1) // 2
+    return " ".join(words[:middle]), " ".join(words[middle:])
+
+
+# --------------------------------------------------------------------------------------------------
+# texts -> vectors
+
+# Tokens in a batch where no gradient is wanted; on a CPU as many as suit its caches.
+BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 16384}
+ADVICE = "Smaller batches or texts help (eval.py: --batch_tokens, --max_len), or --dtype bfloat16"
+
+
+@torch.no_grad()
+def encode(retriever, texts, kind="passage", max_len=512, batch_tokens=None, progress=False,
+           out=None, chunk=2**16):  # fmt: skip
+    """Texts -> unit vectors, float32 [N, D] on the CPU, in the order of `texts`. No dropout.
+
+    kind           "query" or "passage": they have different prefixes
+    max_len        tokens of a text that are read, EOS included
+    batch_tokens   most tokens of a batch of several texts; default: `BATCH_TOKENS`
+    out            file name: the vectors are written to this .npy file, which must not exist, and
+                   come back memory-mapped. Then memory holds one chunk, however many texts
+    chunk          texts that are tokenized at a time, and run sorted by length
+    """
+    if retriever.tokenizer is None:
+        raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which encode needs")
+    weight, was_training = retriever.llama.embed_tokens.weight, retriever.training
+    device, shape = weight.device, (len(texts), retriever.llama.config.hidden_size)
+    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
+    vectors = torch.empty(shape if out is None else 0)
+    if new(out) is not None:
+        mapped = np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape)
+        vectors = torch.from_numpy(mapped)
+    precision = nullcontext()
+    if weight.dtype.itemsize < 4:
+        precision = torch.autocast(device.type, weight.dtype)
+    total, what = sum(map(len, texts)), f"{len(texts):,} {kind} texts"
+    bar = tqdm(total=total, desc=what, unit=" characters", disable=not progress)
+    retriever.eval()
+    with bar, precision, out_of_memory("while encoding", ADVICE):
+        for first in range(0, len(texts), chunk):
+            part = texts[first : first + chunk]
+            rows = retriever.tokenizer.retriever_ids(part, kind, max_len)
+            for batch in by_length(rows, batch_tokens):
+                ids, mask = pad([rows[i] for i in batch], retriever.tokenizer.eos_id)
+                embedded = retriever(ids.to(device), mask.to(device))  # [n, D]
+                vectors[[first + i for i in batch]] = embedded.cpu()
+                bar.update(sum(len(part[i]) for i in batch))
+    retriever.train(was_training)
+    if out is not None:
+        os.replace(f"{out}.partial", out)
+    return vectors
+
+
+def by_length(rows, batch_tokens):
+    """Yield lists of indices of `rows`, the longest first: batches of at most `batch_tokens`."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    while order:
+        size = max(1, batch_tokens // len(rows[order[0]]))
+        yield order[:size]
+        order = order[size:]
+
+
+# --------------------------------------------------------------------------------------------------
+# to compare with: the same batches, other losses
+
+
+class Control(Revela):
+    """Plain language modelling: no in-batch attention, so nothing reaches the retriever."""
+
+    def forward(self, batch):
+        ids = batch["lm_ids"]
+        hidden = self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])  # [G, B, T, D]
+        loss = self.cross_entropy(hidden, batch)
+        self.stats = {"loss": loss.detach()}
+        return loss
+
+
+class Contrastive(Revela):
+    """InfoNCE between the first half of a passage and its rest, among the rests of its group.
+
+        loss = mean over i of -log of (softmax over all j of s_ij / tau) at j = i
+
+    `collate(..., apart=True)` makes the batches. The language model is not used.
+    """
+
+    def count(self, batch):
+        return torch.tensor(batch["lm_ids"].shape[:2].numel())  # G * B passages
+
+    def forward(self, batch):
+        q, p = self.embed(batch)
+        log_p = (similarities(q, p) / self.attn_temperature).log_softmax(-1)  # [G, B, B]
+        loss = -log_p.diagonal(dim1=1, dim2=2).mean()
+        self.stats = observe(loss, log_p.exp(), p)
+        return loss
+
+
+class Replug(Contrastive):
+    """REPLUG LSR (Shi et al. 2023, arXiv 2301.12652): retrieve what helps a frozen language model
+    that reads it before D_i.
+
+        l_ij = mean over the second half of D_i's tokens of log p_lm(token | D_j, D_i before it)
         P_i  = softmax over j != i of s_ij / tau         Q_i = softmax over j != i of l_ij / beta
         loss = mean over i of KL(P_i || Q_i) = sum over j of P_ij log(P_ij / Q_ij)
 
-    This is the paper's direction, from its P_R (the retriever, which learns) to its Q_LM. beta is `lm_temperature`.
+    This is the paper's direction, from its P_R, which learns, to its Q_LM. beta: `lm_temperature`.
     """
 
     def __init__(self, retriever, lm, attn_temperature, lm_temperature):
         super().__init__(retriever, lm, attn_temperature)
         self.lm_temperature = lm_temperature
 
-    def count(self, batch):
-        return torch.tensor(batch["lm_ids"].shape[:2].numel())  # G * B
-
     def forward(self, batch):
-        s, l = self.similarities(batch), self.likelihoods(batch)  # [G, B, B]
-        G, B, _ = s.shape
-        others = ~torch.eye(B, dtype=torch.bool, device=s.device)
-        log_p = (s[:, others].view(G, B, B - 1) / self.attn_temperature).log_softmax(-1)
-        log_q = (l[:, others].view(G, B, B - 1) / self.lm_temperature).log_softmax(-1)
+        q, p = self.embed(batch)
+        likelihoods = self.likelihoods(batch)  # [G, B, B]
+        others = ~torch.eye(p.shape[1], dtype=torch.bool, device=p.device)
+
+        def log_softmax(x):  # over j != i: [G, B, B] -> [G, B, B-1]
+            return x[:, others].unflatten(1, (len(others), -1)).log_softmax(-1)
+
+        log_p = log_softmax(similarities(q, p) / self.attn_temperature)
+        log_q = log_softmax(likelihoods / self.lm_temperature)
         loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        self.observe(log_p.detach().exp())
-        self.stats["loss"] = loss.detach()
+        self.stats = observe(loss, log_p.exp(), p)
         return loss
 
     @torch.no_grad()
-    def likelihoods(self, batch, batch_tokens=None, chunk=2**23):
-        """l [G, B, B] float32, zero on the diagonal. `batch_tokens` tokens at a time run, `chunk` logits exist at once."""
+    def likelihoods(self, batch):
+        """l_ij [G, B, B] float32, zero on the diagonal."""
         self.lm.eval()  # no dropout
-        B, T = batch["lm_ids"].shape[1:]
-        ids, mask = batch["lm_ids"].flatten(0, 1), batch["lm_mask"].flatten(0, 1)  # [N, T]
-        n, row = mask.sum(-1), torch.arange(len(ids), device=ids.device)
-        l = torch.zeros(len(ids), B, device=ids.device)  # [N, B]
-        pairs = ((row[:, None] // B == row // B) & (row[:, None] != row)).nonzero()  # [P, 2]
-        pairs = pairs[n[pairs].sum(1).argsort()]  # those of one length together, so that little is padding
-        for i, j in (p.T for p in pairs.split(max(1, (batch_tokens or BATCH_TOKENS[ids.device.type]) // (2 * T)))):
-            texts, real = torch.cat([ids[j], ids[i]], 1), torch.cat([mask[j], mask[i]], 1)  # [P, 2T]
-            order = (~real).int().argsort(dim=1, stable=True)  # D_j, D_i, and what was padding behind either
-            start, end = n[j] + n[i] // 2, n[j] + n[i]
-            texts = texts.gather(1, order)[:, : end.max()]  # [P, L]
-            at = torch.arange(1, texts.shape[1], device=ids.device)
-            scored = (start[:, None] <= at) & (at < end[:, None])  # [P, L-1]: from the second token on
-            hidden, targets = self.lm(texts)[:, :-1][scored], texts[:, 1:][scored]  # [M, D] and [M]
-            size = max(1, chunk // self.lm.config.vocab_size)
-            pieces = zip(hidden.split(size), targets.split(size))
-            log_p = -torch.cat([F.cross_entropy(self.lm.logits(h).float(), t, reduction="none") for h, t in pieces])  # [M]
-            l[i, j % B] = torch.zeros(scored.shape, device=ids.device).masked_scatter(scored, log_p).sum(1) / scored.sum(1)
-        return l.view(-1, B, B)
-
-
-class Contrastive(Revela):
-    """InfoNCE between the halves of passages, with the group's other passages as negatives; no language model is needed.
-
-        loss = mean over i of -log of (softmax over all j of s_ij / tau) at j = i
-
-    The queries must be first halves and the passages second halves: `collate(..., second_half=True)` makes such batches.
-    """
-
-    count = Replug.count
-
-    def forward(self, batch):
-        log_p = (self.similarities(batch) / self.attn_temperature).log_softmax(-1)  # [G, B, B]
-        loss = -log_p.diagonal(dim1=1, dim2=2).mean()
-        self.observe(log_p.detach().exp())
-        self.stats["loss"] = loss.detach()
-        return loss
+        G, B, _ = batch["lm_ids"].shape
+        likelihoods = torch.zeros(G, B, B, device=batch["lm_ids"].device)
+        for g, i in itertools.product(range(G), range(B)):
+            rows = zip(batch["lm_ids"][g], batch["lm_mask"][g])
+            texts = [ids[mask].tolist() for ids, mask in rows]
+            others = [j for j in range(B) if j != i]
+            ids, mask = pad([texts[j] + texts[i] for j in others], 0)  # [B-1, L]
+            m = len(texts[i]) - len(texts[i]) // 2
+            at = mask.sum(1, keepdim=True) - m + torch.arange(m)  # [B-1, m]: D_i's second half
+            hidden = self.lm(ids.to(likelihoods.device))  # [B-1, L, D]
+            hidden = hidden[torch.arange(B - 1)[:, None], at - 1]  # [B-1, m, D]
+            logits = self.lm.logits(hidden).float().transpose(1, 2)  # [B-1, V, m]
+            targets = ids.gather(1, at).to(logits.device)
+            log_p = -F.cross_entropy(logits, targets, reduction="none")  # [B-1, m]
+            likelihoods[g, i, others] = log_p.mean(1)
+        return likelihoods

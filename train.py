@@ -1,328 +1,265 @@
 """Train a retriever by language modelling: the explicit loop.
 
-    torchrun train.py                                    # the toy world: nothing to download, about a minute on a laptop
-    python train.py                                      # the same in one plain process
-    torchrun --nproc_per_node=8 train.py --model path/to/SmolLM2-135M --data groups.jsonl --out runs/smol
-    python train.py --resume latest --out runs/smol ...  # go on from the last checkpoint, with the arguments of before
+    torchrun train.py                                     # the toy world: about a minute
+    torchrun train.py --model path/to/SmolLM2-135M --data groups.jsonl --out runs/mine
+    torchrun --nproc_per_node=8 train.py --recipe published --model ... --data groups.jsonl
+    torchrun train.py --resume --out runs/mine ...        # go on from the last checkpoint
 
-An update is over `gradient_accumulation_steps` micro-batches on each process, of `groups_per_device` groups of
-`train_group_size` passages. Passages see each other within their group alone: more accumulation or more processes mean
-more groups in an update, not larger ones. The loss of an update is the mean over all of its tokens (with another
---objective: passages), however they are spread over micro-batches and processes.
+An update is over `gradient_accumulation_steps` micro-batches on each process, of
+`groups_per_device` groups of `train_group_size` passages. Passages see each other within their
+group alone: more accumulation or more processes mean more groups in an update, not larger ones. The
+loss of an update is the mean over all of its tokens, however they are spread.
 
-A run folder (--out) holds config.json (all arguments), metrics.jsonl, checkpoints/, and at the end retriever/ and lm/:
-PEFT adapters after LoRA training, whole Hugging Face checkpoints after full training (--lora_r 0).
+A run folder (--out) holds config.json (all arguments), metrics.jsonl, checkpoints/, and at the end
+retriever/ and lm/: PEFT adapters, or whole checkpoints after full training (--lora_r 0).
 """
 
-import argparse
 import json
 import math
 import os
-import re
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+from argparse import Namespace
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from data import Groups, Help, Tokenizer, collate, group_order, read_beir, write_toy_world
+from data import (
+    Groups,
+    find,
+    flags_given,
+    group_order,
+    out_of_memory,
+    read_collections,
+    read_json,
+    read_safetensors,
+    reading,
+    write_toy_world,
+)  # fmt: skip
 from eval import dense_run, leave, measure, setup, show, write_encoding
-from model import (LORA_TARGETS, Llama, add_lora, find, load_adapter, read_json, read_safetensors, save_adapter, save_model,
-                   tune_allocator)  # fmt: skip
-from revela import Contrastive, Replug, Retriever, Revela
+from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save_adapter, save_model
+from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate
 
-# ----------------------------------------------------------------------------------------------------------------------
-# arguments
+# --------------------------------------------------------------------------------------------------
+# arguments: every flag with its published value (of choices the first), what it is, and of a number
+# what it must be at least, if not 0, and less than
 
-# The toy world's own defaults. The models are tiny, start at random and are trained whole, hence the large learning rate.
-TOY = {
-    "out": "runs/toy", "lora_r": 0, "attn_temperature": 0.05, "learning_rate": 2e-3, "warmup_steps": 50, "max_steps": 500,
-    "groups_per_device": 2, "gradient_accumulation_steps": 1, "logging_steps": 25, "eval_every": 100, "save_steps": 250,
-}  # fmt: skip
-
-OUT_OF_MEMORY = """out of memory in update {} ({}). The last checkpoint is intact. These help and change nothing but rounding:
-  --activation_checkpointing selective, or full;  --groups_per_device smaller, with more --gradient_accumulation_steps;
-  --strategy fsdp, with several processes;  --dtype bfloat16 (more rounding).
-These help and change what is computed: --passage_max_len, --train_group_size, --lora_r smaller."""
-
-STOPPED = 75  # the exit code after SIGTERM or SIGINT: EX_TEMPFAIL of sysexits.h, "try again later"
-
-# Arguments that may change when a run is resumed: none of them changes what is computed, as long as an update is over as many groups.
-FREE = {"out", "resume", "device", "strategy", "groups_per_device", "gradient_accumulation_steps", "activation_checkpointing", "compile",
-        "num_workers", "logging_steps", "eval_every", "eval_data", "save_steps"}  # fmt: skip
+FLAGS = {
+    "recipe": (
+        ("toy", "small", "published"),
+        "values of what is not given; small if --data, else toy",
+    ),
+    "data": (None, "JSON lines of groups, which data.py makes; without: the toy world"),
+    "model": (None, "the retriever's base model: a folder, or a hub id org/name[@revision]"),
+    "lm": (None, "the language model's base model; without: --model"),
+    "retriever_adapter": (None, "start the retriever from this LoRA adapter"),
+    "lm_adapter": (None, "start the language model from this LoRA adapter"),
+    "freeze_lm": (False, "train the retriever alone"),
+    "out": ("runs/published", "run folder to write; must be empty, unless --resume"),
+    "resume": (False, "go on from the last checkpoint, if there is one"),
+    # the method
+    "objective": (("revela", "replug", "contrastive"), "the others are to compare with"),
+    "attn_temperature": (1e-4, "tau of the softmax over similarities", 1e-9),
+    "lm_temperature": (0.1, "replug: beta of the softmax over likelihoods", 1e-9),
+    "inbatch_scale": (1.0, "factor on what passages read from each other"),
+    "no_inbatch": (False, "the control: plain language modelling"),
+    "v_norm": (True, "divide what is read by the mean length of its values"),
+    "first_half": (True, "the query of a passage is its first half, not all of it"),
+    "dual_loss": (False, "add the context stream's own next-token loss"),
+    "train_group_size": (16, "passages of a group that are used: its first ones", 2),
+    "passage_max_len": (157, "tokens of a passage that are read, prefix and EOS included", 2),
+    # LoRA
+    "lora_r": (256, "rank; 0 trains all weights of both models"),
+    "lora_alpha": (64.0, "the correction is alpha/r * B A", 1e-9),
+    "lora_dropout": (0.1, "probability of dropout on the input of A", 0, 0.99),
+    "lora_target_modules": (",".join(LORA_TARGETS), "layers that get LoRA matrices"),
+    # optimisation
+    "learning_rate": (1e-4, "peak of AdamW's learning rate"),
+    "warmup_steps": (100, "updates until the peak; then linear decay to zero"),
+    "weight_decay": (0.0, "AdamW's, on every trained weight"),
+    "max_grad_norm": (1.0, "clip both models' gradients together to this norm; 0, -1: do not", -1),
+    "num_train_epochs": (1.0, "passes over --data, if --max_steps does not say", 1e-9),
+    "max_steps": (0, "updates; 0, -1: what --num_train_epochs asks for", -1),
+    "groups_per_device": (1, "groups side by side in one micro-batch", 1),
+    "gradient_accumulation_steps": (0, "micro-batches an update; 0: 32 groups an update"),
+    "seed": (0, "of weights, dropout, order of the data, and the toy world"),
+    # machine, log, checkpoints
+    "device": (None, "cuda, mps or cpu; without: the first that is there"),
+    "strategy": (("ddp", "fsdp"), "with several processes: each holds all weights, or a part"),
+    "dtype": (("bfloat16", "float32"), "bfloat16: autocast, and frozen weights are kept in it"),
+    "activation_checkpointing": (
+        ("none", "selective", "full"),
+        "compute again instead of keeping: all but matmuls, or whole blocks",
+    ),
+    "compile": (False, "torch.compile each block: minutes at the start, then faster on a GPU"),
+    "num_workers": (-1, "processes that prepare batches; -1: 2 for a GPU, else 0", -1),
+    "logging_steps": (10, "updates between log lines; 0, -1: only the last", -1),
+    "save_steps": (500, "updates between checkpoints; 0, -1: only the last", -1),
+    "eval_every": (0, "updates between evaluations; 0, -1: only before and after", -1),
+    "eval_data": ([], "test collections to evaluate on, folders in BEIR layout"),
+}
+# Teaches a small model within minutes: what passages read from each other comes at a tenth of its
+# size, so that it does not wreck the language model, and weights are no longer one-hot.
+SMALL = dict(
+    attn_temperature=0.02, inbatch_scale=0.1, v_norm=False, passage_max_len=64,
+    lora_r=32, lora_dropout=0.0, learning_rate=6e-4, warmup_steps=10, max_steps=60,
+    gradient_accumulation_steps=1, out="runs/small", logging_steps=5,
+)  # fmt: skip
+# Two tiny models that start at random, and are trained whole: hence the large learning rate.
+TOY = dict(
+    attn_temperature=0.05, first_half=False, lora_r=0, learning_rate=2e-3, warmup_steps=50,
+    max_steps=500, groups_per_device=2, gradient_accumulation_steps=1, dtype="float32",
+    out="runs/toy", logging_steps=25, save_steps=250, eval_every=100,
+)  # fmt: skip
+RECIPES = {"toy": TOY, "small": SMALL, "published": {}}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Train a retriever by language modelling.", allow_abbrev=False,
-        formatter_class=Help,
-        epilog="Without --data, a toy world is written and trained on, with defaults of its own: "
-        + ", ".join(f"{k} {v}" for k, v in TOY.items()),
-    )  # fmt: skip
-    add = parser.add_argument_group("data and models").add_argument
-    add("--data", help="JSON lines of groups, each a list of passages, gzipped or not; made by data.py. None: the toy world")
-    add("--model", help="base model of the retriever: a folder in Hugging Face layout, or a hub id org/name[@revision]")
-    add("--lm", help="base model of the language model (default: --model)")
-    add("--retriever_adapter", help="start the retriever from this LoRA adapter (its rank, alpha and layers count)")
-    add("--lm_adapter", help="start the language model from this LoRA adapter")
-    add("--objective", choices=("revela", "replug", "contrastive"), default="revela",
-        help="what is trained for. replug, contrastive: the baselines of revela.py, which train the retriever alone (they imply "
-        "--freeze_lm) and have no in-batch attention. contrastive implies --first_half, and does not use --lm")  # fmt: skip
-    add("--freeze_lm", action="store_true", help="train the retriever alone")
-    add("--out", default="runs/revela", help="run folder to write; must not hold a run, unless it is resumed")
-    add("--resume", help="'latest', or the name of a folder under checkpoints/, such as step_000500: go on from there")
-    add = parser.add_argument_group("method").add_argument
-    add("--attn_temperature", type=float, default=1e-4, help="tau of the softmax over similarities; at 1e-4, as published, almost no row has a gradient, at 0.01 to 0.05 every row has")
-    add("--lm_temperature", type=float, default=0.1, help="replug: beta of the softmax over the language model's likelihoods")
-    add("--inbatch_scale", type=float, default=1.0, help="factor on what passages read from each other; 1: as published; 0.1 teaches a small model from the first update")
-    add("--no_inbatch", action="store_true", help="the control: no in-batch attention, so nothing reaches the retriever")
-    add("--no_v_norm", action="store_true", help="leave V-norm out of the in-batch attention")
-    add("--first_half", action="store_true", help="the query of a passage is its first half, not all of it")
-    add("--dual_loss", action="store_true", help="add the context stream's own next-token loss")
-    add("--train_group_size", type=int, default=16, help="passages of a group that are used: its first ones")
-    add("--passage_max_len", type=int, default=157, help="tokens of a passage that are read (prefix and EOS included)")
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_r", type=int, default=256, help="rank; 0 trains all weights of both models")
-    add("--lora_alpha", type=float, default=64, help="the correction is alpha/r * B A")
-    add("--lora_dropout", type=float, default=0.1, help="probability of dropout on the input of A")
-    add("--lora_target_modules", default=",".join(LORA_TARGETS), help="layers that get LoRA matrices, separated by commas")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--learning_rate", type=float, default=1e-4, help="peak of AdamW's learning rate")
-    add("--warmup_steps", type=int, default=100, help="updates until the peak; then linear decay to zero")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's, on every trained weight")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients of both models together are clipped to this norm")
-    add("--num_train_epochs", type=float, default=1.0, help="passes over --data")
-    add("--max_steps", type=int, help="updates (default: what num_train_epochs asks for)")
-    add("--groups_per_device", type=int, default=1, help="groups side by side in one micro-batch")
-    add("--gradient_accumulation_steps", type=int, help="micro-batches per update and process (default: 32 groups per update)")
-    add("--seed", type=int, default=0, help="of weights, dropout, order of the data, and the toy world")
-    add = parser.add_argument_group("machine, log and checkpoints").add_argument
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    add("--strategy", choices=("ddp", "fsdp"), default="ddp",
-        help="with several processes: ddp: each holds everything; fsdp: each holds a part of all weights, gradients and moments")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="bfloat16: autocast, with frozen weights kept in bfloat16; trained weights stay float32")  # fmt: skip
-    add("--activation_checkpointing", choices=("none", "selective", "full"), default="none",
-        help="compute again in the backward pass instead of keeping: selective: all but matmuls; full: whole blocks")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile each block: minutes at the start, for faster updates on a GPU")
-    add("--num_workers", type=int, help="processes that prepare batches; 0: the training process does (default: 2 for a GPU, else 0)")
-    add("--logging_steps", type=int, default=10, help="updates between log lines")
-    add("--save_steps", type=int, default=500, help="updates between checkpoints; the last one is always saved")
-    add("--eval_every", type=int, default=0, help="updates between evaluations on --eval_data; 0: only before and after")
-    add("--eval_data", nargs="+", help="test collections, folders in BEIR layout")
-    args = parser.parse_args(argv)
-    if args.data is None:
-        if args.model:
-            raise ValueError("--model needs --data: a file of groups, which data.py makes from documents")
-        parser.set_defaults(**TOY)
-        args = parser.parse_args(argv)
-    elif not args.model:
-        raise ValueError("--data needs --model, the base model to train: a folder or a hub id such as HuggingFaceTB/SmolLM2-135M")
+    """The arguments of a run: those given, for the rest its recipe's values."""
+    defaults, given = flags_given("Train a retriever by language modelling.", FLAGS, argv)
+    recipe = given.setdefault("recipe", "small" if "data" in given else "toy")
+    args = Namespace(**defaults | RECIPES[recipe] | given)
+    if bool(args.data) != bool(args.model) or args.eval_data and not args.data:
+        raise ValueError("--data (groups) and --model belong together, and --eval_data with them")
     if (args.retriever_adapter or args.lm_adapter) and not args.lora_r:
-        raise ValueError("--lora_r 0 trains all weights: an adapter to start from must be merged first (eval.py --export)")
+        raise ValueError("an adapter to start from needs --lora_r; or merge it: eval.py --export")
     if args.objective != "revela" and (args.no_inbatch or args.strategy == "fsdp"):
-        raise ValueError(f"--objective {args.objective} has no in-batch attention to leave out, and goes with --strategy ddp alone")
+        raise ValueError("--objective replug, contrastive go without --no_inbatch, and with ddp")
     args.freeze_lm |= args.objective != "revela"
-    args.first_half |= args.objective == "contrastive"
+    args.no_inbatch |= args.inbatch_scale == 0
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# parts
+# --------------------------------------------------------------------------------------------------
+# models
 
 
-def build_models(args, dtype, device, start):
-    """(retriever, lm), their trainable weights in float32, as they stand in the checkpoint folder `start`, or fresh."""
-    same = args.lm in (None, args.model)
-    lm_base = args.model if same else args.lm
-    if args.lora_r == 0:
-        lm = Llama.from_pretrained(start / "lm" if start and not args.freeze_lm else lm_base, torch.float32, device)
-        lm.requires_grad_(not args.freeze_lm)
-        retriever = Llama.from_pretrained(start / "retriever" if start else args.model, torch.float32, device, head=False)
-        return Retriever(retriever, Tokenizer(args.model)), lm
+def build_models(args, dtype, device):
+    """(retriever, lm), two Llamas. Trainable weights are float32."""
+    lm_base = args.lm or args.model
+    dtype = dtype if args.lora_r else torch.float32
     lm = Llama.from_pretrained(lm_base, dtype, device)
-    if same:  # the frozen weights exist once
+    if lm_base == args.model and args.lora_r:  # the frozen weights exist once
         with torch.device("meta"):
             retriever = Llama(lm.config, head=False)
         retriever.load_state_dict(lm.state_dict(), strict=False, assign=True)
         retriever.path = lm.path
     else:
         retriever = Llama.from_pretrained(args.model, dtype, device, head=False)
-    for llama, name, adapter in ((retriever, "retriever", args.retriever_adapter), (lm, "lm", args.lm_adapter)):
-        learns = llama is retriever or not args.freeze_lm
-        if start and learns:
-            adapter = start / name
+    options = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules.split(",")
+    for llama, adapter in ((retriever, args.retriever_adapter), (lm, args.lm_adapter)):
         if adapter:
             load_adapter(llama, adapter)
-        elif learns:
-            add_lora(llama, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules.split(","))
-        if not learns:
-            llama.requires_grad_(False)
-    return Retriever(retriever, Tokenizer(args.model)), lm
+        elif args.lora_r and not (llama is lm and args.freeze_lm):
+            add_lora(llama, *options)
+    if args.freeze_lm:
+        lm.requires_grad_(False)
+    if args.no_inbatch:
+        retriever.requires_grad_(False)  # nothing will reach it
+    return retriever, lm
+
+
+def build_objective(args, retriever, lm):
+    """The module whose forward is the loss of a batch."""
+    if args.no_inbatch:
+        return Control(retriever, lm)
+    if args.objective == "replug":
+        return Replug(retriever, lm, args.attn_temperature, args.lm_temperature)
+    if args.objective == "contrastive":
+        return Contrastive(retriever, lm, args.attn_temperature)
+    method = args.attn_temperature, args.v_norm, args.inbatch_scale, args.dual_loss
+    return Revela(retriever, lm, *method)
+
+
+def recompute_activations(llama, how):
+    """Compute parts of each block again in the backward pass, to keep less. Same results.
+
+    how: "none"; "selective": all but what comes out of matmuls; "full": whole blocks.
+    """
+    options = {"use_reentrant": False}
+    if how == "selective":
+        matmuls = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, matmuls)
+    for block in llama.layers if how != "none" else ():
+        block.forward = partial(checkpoint, block.forward, **options)
 
 
 def shard(revela, device, dtype):
-    """FSDP2: every process holds a part of each weight, and the whole of a block's only while that block runs. What is used
-    outside of blocks (embeddings, which may be the output head too, heads and final norms) is one unit more."""
+    """FSDP2: each process holds a part of each weight, and a whole block's while it runs.
+
+    What is used outside of blocks (embeddings, heads, final norms) is one unit more. A block of the
+    language model is gathered for each of its two streams.
+    """
+    # a block's keys and values are views, which nobody writes to
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     low = torch.bfloat16 if dtype == torch.bfloat16 else None  # gradients still meet in float32
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)}
+    policy = MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*revela.retriever.llama.layers, *revela.lm.layers]:
-        fully_shard(block, **options)
-    return fully_shard(revela, **options)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(revela, mesh=mesh, mp_policy=policy)
 
 
 def full(t):
-    """The whole of a tensor of which every process may hold a part; every process must call this."""
+    """Gather a tensor of which each process may hold a part. Collective."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def whole(llama, device, only=""):
-    """`llama` itself, or if it is sharded, a copy with whole weights on `device`, of which those count whose names contain
-    `only`; every process must call this."""
-    if not isinstance(llama.embed_tokens.weight, DTensor):
+def whole(llama, device):
+    """`llama`, or if it is sharded a copy on `device` with whole weights. Collective."""
+    if not isinstance(llama.layers[0], FSDPModule):
         return llama
     with torch.device("meta"):
         copy = Llama(llama.config, llama.has_head)
         if llama.lora:
             add_lora(copy, *llama.lora.values())
-    weights = {name: full(p.detach()).to(device) for name, p in llama.named_parameters() if only in name}
-    copy.load_state_dict(weights, strict=False, assign=True)
+    options = dcp.StateDictOptions(full_state_dict=True)
+    weights = dcp.get_model_state_dict(llama, options=options)
+    weights = {name: t.to(device) for name, t in weights.items()}
+    copy.load_state_dict(weights, assign=True)
     copy.path = llama.path
     return copy
 
 
-def save_models(revela, folder, args, rank):
-    """Write {folder}/retriever and, unless it is frozen, {folder}/lm: adapters, or whole checkpoints with tokenizers. The
-    first process does; every process must call this."""
-    for llama, name, base in ((revela.retriever.llama, "retriever", args.model), (revela.lm, "lm", args.lm or args.model)):
-        if name == "lm" and args.freeze_lm:
-            continue
-        llama = whole(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
-        if rank:
-            continue
-        if llama.lora:
-            save_adapter(llama, folder / name)
-        else:
-            save_model(llama, folder / name)
-            base = find(base)
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                if (base / file).exists():
-                    shutil.copyfile(base / file, folder / name / file)
-        if name == "retriever":
-            write_encoding(folder / name)
+# --------------------------------------------------------------------------------------------------
+# one update
 
 
 def learning_rate(step, args, total):
-    """Of update `step` (from 0): up linearly to the peak in `warmup_steps` updates, then down linearly to 0 at `total`."""
+    """Of update `step` (from 0): linearly up in `warmup_steps` updates, then to 0 at `total`."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
     return args.learning_rate * (total - step) / (total - args.warmup_steps)
 
 
-def fsync(path):
-    """Return when what was written to `path`, a file or folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world):
+    """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
-
-def write(file, text):
-    """Make `text` the content of `file`, which at any moment, whatever fails, has the old content or the new one."""
-    partial = Path(f"{file}.partial")
-    partial.write_text(text)
-    fsync(partial)
-    os.replace(partial, file)
-    fsync(file.parent)
-
-
-def save_checkpoint(folder, step, revela, optimizer, args, per_update, rank):
-    """Write {folder}/step_N: models, optimizer, arguments. It appears whole or not at all, and only then does {folder}/latest
-    name it. Order of the data and dropout follow from seed, step and rank. Every process must call this."""
-    final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    moments, names = {}, [name for name, p in revela.named_parameters() if p.requires_grad]
-    for i, state in optimizer.state_dict()["state"].items():
-        for key, t in state.items():
-            t = full(t)
-            moments |= {} if rank else {f"{names[i]}.{key}": t.cpu()}
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_models(revela, partial, args, rank)
-        if rank:
-            return
-        save_file(moments, partial / "optimizer.safetensors")
-        meta = {"step": step, "groups_per_update": per_update, "args": vars(args)}
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        for path in [*partial.rglob("*"), partial]:
-            fsync(path)
-        if final.exists():  # from a run that was killed before `latest` named it, or that this one went back behind
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        fsync(folder)
-        write(folder / "latest", final.name + "\n")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({error}); the checkpoint before it is intact") from None
-
-
-def find_checkpoint(args, per_update):
-    """(folder, step) of the checkpoint that --resume means. Raises ValueError if there is none, or if it was made with
-    arguments that compute something else."""
-    folder = Path(args.out) / "checkpoints"
-    if args.resume == "latest" and not (folder / "latest").exists():
-        raise ValueError(f"nothing to resume: {folder} holds no finished checkpoint")
-    name = (folder / "latest").read_text().strip() if args.resume == "latest" else args.resume
-    if not re.fullmatch(r"step_\d+", name):
-        raise ValueError(f"--resume {args.resume}: {name!r} is no checkpoint; need 'latest' or a folder of {folder}, such as step_000500")
-    start = folder / name
-    meta = read_json(start / "meta.json")
-    try:
-        step, before, groups = int(meta["step"]), dict(meta["args"]), int(meta["groups_per_update"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{start}/meta.json is not a checkpoint's of this version ({error!r})") from None
-    for name, value in vars(args).items():
-        if name not in FREE and before.get(name) != value:
-            raise ValueError(f"cannot resume {start}: --{name} was {before.get(name)} there, now it is {value}")
-    if groups != per_update:
-        raise ValueError(f"cannot resume {start}: an update was over {groups} groups there, now it would be over {per_update}: choose "
-                         f"processes x --groups_per_device x --gradient_accumulation_steps = {groups}")  # fmt: skip
-    return start, step
-
-
-def restore(start, revela, optimizer):
-    """Put back what a checkpoint holds beside the models: the optimizer's moments, this process's part of them if sharded."""
-    saved, state = read_safetensors(start / "optimizer.safetensors"), optimizer.state_dict()
-    trained = [(name, p) for name, p in revela.named_parameters() if p.requires_grad]
-    if lacking := [name for name, p in trained if getattr(saved.get(f"{name}.exp_avg_sq"), "shape", None) != p.shape]:
-        raise ValueError(f"{start}/optimizer.safetensors has no moments, or of the wrong shape, for {lacking[0]}")
-    for i, (name, p) in enumerate(trained):
-        part = lambda t: distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
-        state["state"][i] = {"step": saved[f"{name}.step"]} | {key: part(saved[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
-    optimizer.load_state_dict(state)
-
-
-def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, world):
-    """One step of the optimizer on the mean loss over all tokens (or passages) of the `micro_batches` of all processes.
-
-    `model` is an objective of revela.py, sharded or not, or the DDP around one. Returns {name: scalar tensor}: its statistics,
-    as this process's addend to the mean over the update, and the gradient norms of both models before clipping. Raises
-    FloatingPointError before anything is changed if a gradient is not finite.
+    model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns
+    {name: scalar tensor}: statistics, as this process's addend to the mean over the update, and the
+    gradients' norms before clipping. Raises FloatingPointError if one is not finite, before
+    anything is changed.
     """
-    ddp = isinstance(model, DistributedDataParallel)
-    revela = model.module if ddp else model
+    revela = getattr(model, "module", model)
     counts = [revela.count(batch) for batch in micro_batches]
     total = sum(counts).to(device)
     if world > 1:
@@ -334,23 +271,161 @@ def update(model, micro_batches, optimizer, max_grad_norm, autocast, device, wor
         last = i == len(micro_batches) - 1  # gradients meet once per update
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
-        with model.no_sync() if ddp and not last else nullcontext():
+        torch.manual_seed(seeds[i])
+        with model.no_sync() if model is not revela and not last else nullcontext():
             with autocast():
                 loss = model(batch)
-            (loss * share * world).backward()  # DDP and FSDP take the mean over processes, we want the sum
+            (loss * share * world).backward()  # DDP and FSDP take the mean over processes
         for name, value in revela.stats.items():
             stats[name] = stats.get(name, 0) + value * share
-    norm = {}
+    norms = []
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
-        norm[name] = full(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).to(device))
-        stats[f"grad_norm_{name}"] = norm[name] / world
-    total_norm = torch.linalg.vector_norm(torch.stack(list(norm.values())))
-    if not total_norm.isfinite():  # on one process means on all of them, since gradients have met
-        raise FloatingPointError(f"loss {stats['loss'].item()}, norm of the gradients {total_norm.item()}")
-    torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, total_norm)
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norms.append(full(torch.nn.utils.get_total_norm(gradients).to(device)))
+        stats[f"grad_norm_{name}"] = norms[-1] / world
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if not norm.isfinite():  # on one process means on all of them, since gradients have met
+        raise FloatingPointError(f"loss {stats['loss'].item()}, norm of gradients {norm.item()}")
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad()
     return stats
+
+
+ADVICE = """The last checkpoint is intact.
+These flags help and change nothing but rounding:
+  --activation_checkpointing selective, or full;  --strategy fsdp, with several processes;
+  --groups_per_device smaller, with more --gradient_accumulation_steps;
+  --dtype bfloat16 (more rounding).
+These help and change what is computed: --passage_max_len, --train_group_size, --lora_r smaller."""
+
+
+@contextmanager
+def explained(step, rank, read):
+    """Turn what stops an update into a sentence that says what to do."""
+    try:
+        with out_of_memory(f"in update {step}", ADVICE):
+            yield
+    except FloatingPointError as error:
+        raise ValueError(
+            f"update {step}, process {rank}: not finite: {error}. Its groups (of --data, from 0): "
+            f"{list(read)}. Nothing was updated, and the last checkpoint is intact. "
+            "Try a smaller --learning_rate, or --dtype float32"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+# Arguments that may change when a run is resumed. They change nothing but rounding, and with
+# --groups_per_device the dropout; the content of --data, --model and --lm is compared instead.
+FREE = """data model lm out resume device strategy groups_per_device gradient_accumulation_steps
+activation_checkpointing compile num_workers logging_steps eval_every eval_data
+save_steps""".split()
+TRAINED = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
+
+
+def fsync(path):
+    """Return when what was written to `path`, a file or folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write(file, text):
+    """Replace `file` atomically."""
+    partial = Path(f"{file}.partial")
+    partial.write_text(text)
+    fsync(partial)
+    os.replace(partial, file)
+    fsync(file.parent)
+
+
+def save_models(revela, folder, args, device, rank):
+    """Write `folder`/retriever and, unless it is frozen, `folder`/lm. Collective.
+
+    Adapters, or after full training whole checkpoints with their tokenizers.
+    """
+    bases = {"retriever": args.model, "lm": args.lm or args.model}
+    for name, llama in (("retriever", revela.retriever.llama), ("lm", revela.lm)):
+        llama = whole(llama, device)
+        if rank or name == "lm" and args.freeze_lm:
+            continue
+        save = save_adapter if llama.lora else save_model
+        save(llama, folder / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            if not llama.lora and (find(bases[name]) / file).exists():
+                shutil.copyfile(find(bases[name]) / file, folder / name / file)
+    if rank == 0:
+        write_encoding(folder / "retriever")
+
+
+def save_checkpoint(folder, step, revela, optimizer, identity, rank):
+    """Write `folder`/step_N: trained weights, optimizer's moments, arguments. Collective.
+
+    It appears whole or not at all, and only then does `folder`/latest name it. Order of the data
+    and dropout follow from seed and step: there is nothing else to keep.
+    """
+    final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
+    options = dcp.StateDictOptions(cpu_offload=True, **TRAINED)  # on the first process alone
+    weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
+    if rank:
+        return
+    moments = {f"{n}.{key}": t for n, part in optim["state"].items() for key, t in part.items()}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(weights | moments, partial / "state.safetensors")
+        (partial / "meta.json").write_text(json.dumps({"step": step} | identity, indent=1) + "\n")
+        for path in [*partial.iterdir(), partial]:
+            fsync(path)
+        if final.exists():  # from a run that was killed before `latest` named it
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        fsync(folder)
+        write(folder / "latest", final.name + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final} could not be written ({error}); the one before is intact") from None
+
+
+def identify(args, groups, per_update, retriever, lm):
+    """{name: value} of all that decides what a training computes."""
+    identity = {name: value for name, value in vars(args).items() if name not in FREE}
+    identity |= {"groups": len(groups), "checksum of --data": groups.checksum}
+    identity |= {"processes x --groups_per_device x --gradient_accumulation_steps": per_update}
+    for name, llama in (("retriever", retriever), ("language model", lm)):
+        identity |= {f"the {name}'s {k}": value for k, value in vars(llama.config).items()}
+    return identity
+
+
+def restore(folder, revela, optimizer, identity):
+    """Put back what the checkpoint that `folder`/latest names holds. Returns its step, or 0.
+
+    Raises ValueError that names what differs if it is another training's. Collective.
+    """
+    if not (folder / "latest").exists():
+        return 0
+    start = folder / Path((folder / "latest").read_text().strip()).name  # never outside of `folder`
+    before, saved = read_json(start / "meta.json"), read_safetensors(start / "state.safetensors")
+    for name, value in json.loads(json.dumps(identity)).items():
+        if before.get(name) != value:
+            was, now = f"{before.get(name)!r:.200}", f"{value!r:.200}"
+            raise ValueError(f"cannot resume {start}: {name} was {was} there, now it is {now}")
+    options = dcp.StateDictOptions(**TRAINED)
+    weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
+    with reading(start / "state.safetensors", "lacks something of this run"):
+        weights = {name: saved[name] for name in weights}
+        for name, part in optim["state"].items():
+            part.update({key: saved[f"{name}.{key}"] for key in part})
+    states = {"model_state_dict": weights, "optim_state_dict": optim}
+    dcp.set_state_dict(revela, optimizer, **states, options=options)
+    return before["step"]
+
+
+# --------------------------------------------------------------------------------------------------
+# the log
 
 
 def peak_memory(device):
@@ -359,179 +434,276 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # here, since Windows lacks it
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+LINE = """{step:6}/{total}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm_retriever:.1e} \
+{grad_norm_lm:.1e}  max w {max_weight:.2f}  spread {spread:.2f}  {tokens_per_s:,.0f} tok/s  \
+{memory_gb:.1f} GB  {minutes:.1f} min left"""
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    tune_allocator()
-    device, rank, world = setup(args.device)
-    say = print if rank == 0 else lambda *_: None
-    barrier = dist.barrier if world > 1 else lambda: None
-    out = Path(args.out)
-    accumulation = args.gradient_accumulation_steps or max(1, 32 // (world * args.groups_per_device))
+class Log:
+    """metrics.jsonl, and lines on the screen: means over the updates since the last line."""
+
+    def __init__(self, file, first_step, device, rank, world):
+        self.file, self.device, self.rank, self.world = file, device, rank, world
+        self.since, self.sums, self.seconds = first_step, {}, 0.0
+        if rank == 0:
+            lines = file.read_text().splitlines(keepends=True) if first_step else []
+            lines = [
+                line for line in lines if line.endswith("\n")
+            ]  # a killed run leaves half of one
+            write(file, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
+
+    def say(self, text):
+        """Print, by the first process."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def record(self, values):
+        """Append a line to metrics.jsonl, by the first process."""
+        if self.rank == 0:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def add(self, stats, seconds):
+        """Take in the statistics of an update."""
+        self.seconds += seconds
+        for name, value in stats.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def write(self, step, total, lr):
+        """Record and print the means. Collective."""
+        sums = torch.stack([value.to(self.device).float() for value in self.sums.values()])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        updates = step - self.since
+        values = {"step": step, "lr": lr} | dict(zip(self.sums, (sums / updates).tolist()))
+        values["tokens_per_s"] = values.pop("tokens") * updates / self.seconds
+        values["memory_gb"] = peak_memory(self.device)
+        values["eta_s"] = self.seconds / updates * (total - step)
+        self.record(values)
+        shown = defaultdict(float, values, total=total, minutes=values["eta_s"] / 60)
+        self.say(LINE.format_map(shown))
+        self.since, self.sums, self.seconds = step, {}, 0.0
+
+
+# --------------------------------------------------------------------------------------------------
+# several processes, signals, and the run folder
+
+STOPPED = 75  # the exit code after SIGTERM or SIGINT: EX_TEMPFAIL of sysexits.h, "try again later"
+
+
+def catch_signals():
+    """A list that gets the first SIGTERM or SIGINT; at a second one the process leaves at once."""
+    signals = []
+
+    def caught(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, caught)
+    return signals
+
+
+def any_process(signals, device, world):
+    """Whether any process got a signal, so that all stop after the same update. Collective."""
+    caught = torch.tensor(float(len(signals)), device=device)
+    if world > 1:
+        dist.all_reduce(caught)
+    return bool(caught)
+
+
+def barrier(world):
+    """Wait for all processes: one that leaves while another works would end the job for both."""
+    if world > 1:
+        dist.barrier()
+
+
+def claim(out, resume):
+    """Make `out` this run's folder: a new one, or with `resume` that of a run before."""
+    out.mkdir(parents=True, exist_ok=True)
+    config = out / "config.json"
+    try:
+        if any(out.iterdir()):
+            ours = config.exists() and (not config.stat().st_size or "recipe" in read_json(config))
+            if not (resume and ours):
+                raise FileExistsError
+        config.touch(exist_ok=resume)  # of two runs at once, one fails here
+    except FileExistsError:
+        need = "choose another --out, or go on with --resume, if it is a run's"
+        raise ValueError(f"{out} is not empty: {need}") from None
+
+
+def made_by():
+    """What makes this run: commit, versions, GPU or processor."""
+    commit, git = None, ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with suppress(OSError):  # there may be no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "tokenizers": tokenizers.__version__}
+    return {
+        "commit": commit,
+        **versions,
+        "machine": gpu or platform.processor() or platform.machine(),
+    }
+
+
+def make_world(folder, args, rank, world):
+    """Let `args` mean the toy world in `folder`, which the first process makes if need be."""
+    if rank == 0 and not folder.exists():
+        shutil.rmtree(f"{folder}.partial", ignore_errors=True)
+        write_toy_world(f"{folder}.partial", args.seed)
+        torch.manual_seed(args.seed)
+        llama = Llama(LlamaConfig.from_pretrained(f"{folder}.partial")).init_weights()
+        save_model(llama, f"{folder}.partial")
+        os.replace(f"{folder}.partial", folder)
+    barrier(world)
+    args.model, args.data, args.eval_data = str(folder), str(folder / "groups.jsonl"), [str(folder)]
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def train(args, device, rank, world):
+    """Train as `args` say. Returns the exit code."""
+    out, dtype, gpu = Path(args.out), getattr(torch, args.dtype), device.type == "cuda"
+    if toy := args.data is None:
+        make_world(out / "world", args, rank, world)
+    accumulation = args.gradient_accumulation_steps
+    accumulation = accumulation or max(1, 32 // (world * args.groups_per_device))
     per_update = world * accumulation * args.groups_per_device
-    toy = args.data is None
-    if toy:
-        args.model, args.data, args.eval_data = str(out / "world"), str(out / "world/groups.jsonl"), [str(out / "world")]
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # torchrun starts us again after a failure
-    if restarts and (out / "config.json").exists() and vars(args) == read_json(out / "config.json") | {"resume": args.resume}:  # this very run
-        args.resume = "latest" if (out / "checkpoints/latest").exists() else None
-    elif not args.resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another --out, or go on with --resume latest")
-    barrier()
-    if toy and rank == 0 and not args.resume:
-        write_toy_world(out / "world", args.seed)
-    barrier()
 
-    # -- models, optimizer, and where they start
-    start, first_step = find_checkpoint(args, per_update) if args.resume else (None, 0)
-    dtype, fsdp = getattr(torch, args.dtype), args.strategy == "fsdp" and world > 1
+    # -- models, objective, optimizer
+    fsdp = args.strategy == "fsdp" and world > 1
     torch.manual_seed(args.seed)
-    retriever, lm = build_models(args, dtype, torch.device("cpu") if fsdp else device, start)  # shards move to the device one by one
-    for llama in (retriever.llama, lm):
-        llama.recompute_activations(args.activation_checkpointing)
+    where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
+    retriever, lm = build_models(args, dtype, where)
+    for llama in (retriever, lm):
+        recompute_activations(llama, args.activation_checkpointing)
         for block in llama.layers if args.compile else ():
-            torch._dynamo.config.recompile_limit = 64  # a block meets both models, streams and sizes, with and without gradients
+            torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
             block.compile()
-    scale = 0.0 if args.no_inbatch else args.inbatch_scale
-    if scale == 0:
-        retriever.requires_grad_(False)  # nothing will reach it
-    if args.objective == "revela":
-        revela = Revela(retriever, lm, args.attn_temperature, not args.no_v_norm, scale, args.dual_loss)
-    elif args.objective == "replug":
-        revela = Replug(retriever, lm, args.attn_temperature, args.lm_temperature)
-    else:
-        revela = Contrastive(retriever, lm, args.attn_temperature)
+    tokenizer, lm_tokenizer = Tokenizer(args.model), Tokenizer(args.lm or args.model)
+    revela = build_objective(args, Retriever(retriever, tokenizer), lm)
     model = revela
     if fsdp:
         shard(revela, device, dtype)
     elif world > 1:
-        model = DistributedDataParallel(revela, device_ids=[device] if device.type == "cuda" else None)
+        model = DistributedDataParallel(revela, device_ids=[device] if gpu else None)
     trained = [p for p in revela.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    if start:
-        restore(start, revela, optimizer)
+    optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=gpu)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    # -- data
-    groups = Groups(args.data, args.train_group_size) if rank == 0 else None
-    barrier()  # the first process unpacks a gzipped file for all
-    groups = groups or Groups(args.data, args.train_group_size)
-    collections = {Path(folder).resolve().name: read_beir(folder) for folder in args.eval_data or []}
-    total = args.max_steps or math.ceil(args.num_train_epochs * len(groups) / per_update)
-    order = group_order(len(groups), args.seed, first_step, total, rank, world, accumulation, args.groups_per_device)
-    halves = {"first_half": args.first_half, "second_half": args.objective == "contrastive"}
-    tokenizers = {"tokenizer": retriever.tokenizer, "lm_tokenizer": Tokenizer(args.lm or args.model)}
-    batches = iter(
-        torch.utils.data.DataLoader(
-            groups,
-            batch_sampler=order,
-            collate_fn=partial(collate, **tokenizers, **halves, passage_max_len=args.passage_max_len),
-            num_workers=2 * (device.type == "cuda") if args.num_workers is None else args.num_workers,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # its own, so that the loader does not draw from the one behind dropout
-        )
-    )
-    say(f"{len(groups):,} groups in {args.data}; {sum(p.numel() for p in trained):,} trained parameters; {args.dtype} on {device}")
-    say(f"an update: {world} processes x {accumulation} micro-batches x {args.groups_per_device} groups of "
-        f"{args.train_group_size} passages; {total} updates are {total * per_update / len(groups):.2f} epochs")  # fmt: skip
-
-    # -- log and evaluation, by the first process
-    out.mkdir(parents=True, exist_ok=True)
-    metrics = out / "metrics.jsonl"
+    # -- data, and where it goes on
+    groups = Groups(args.data, args.train_group_size)
+    collections = read_collections(args.eval_data)
+    total = args.max_steps
+    if total <= 0:
+        total = math.ceil(args.num_train_epochs * len(groups) / per_update)
+    identity = identify(args, groups, per_update, retriever, lm)
+    first_step = restore(out / "checkpoints", revela, optimizer, identity)
+    order = partial(
+        group_order, len(groups), args.seed,
+        rank=rank, world=world, accumulation=accumulation, groups=args.groups_per_device,
+    )  # fmt: skip
+    to_batch = partial(
+        collate, tokenizer=tokenizer, lm_tokenizer=lm_tokenizer,
+        passage_max_len=args.passage_max_len, first_half=args.first_half,
+        apart=args.objective == "contrastive",
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        groups, batch_sampler=order(first=first_step, last=total), collate_fn=to_batch,
+        num_workers=2 * gpu if args.num_workers < 0 else args.num_workers, pin_memory=gpu,
+        generator=torch.Generator(),  # its own, so that the one behind dropout is left alone
+    )  # fmt: skip
     if rank == 0:
-        if start:
-            write(start.parent / "latest", start.name + "\n")
-        write(out / "config.json", json.dumps(vars(args), indent=1) + "\n")
-        lines = metrics.read_text().splitlines(keepends=True) if start and metrics.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # a killed run may have left half of one
-        write(metrics, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
-
-    def record(values):
-        if rank == 0:
-            with open(metrics, "a") as file:
-                file.write(json.dumps(values) + "\n")
+        config = vars(args) | {"made_by": made_by()}
+        write(out / "config.json", json.dumps(config, indent=1) + "\n")
+    log = Log(out / "metrics.jsonl", first_step, device, rank, world)
+    log.say(
+        f"recipe {args.recipe}: {total} updates of {world} processes x {accumulation} "
+        f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
+        f"{total * per_update / len(groups):.2f} epochs of {len(groups):,} groups; "
+        f"{sum(p.numel() for p in trained):,} trained parameters; {args.dtype} on {device}"
+    )
+    if args.warmup_steps >= total:
+        log.say(
+            f"--warmup_steps {args.warmup_steps}: the run ends before --learning_rate is reached"
+        )
 
     def evaluate(step):
-        if collections:
-            searcher = Retriever(whole(retriever.llama, device), retriever.tokenizer)
-            runs = {name: dense_run(searcher, *c[:2]) for name, c in collections.items()}
-        if collections and rank == 0:
-            ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
-            record({"step": step, "ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg})
-            say(f"step {step}: nDCG@10 " + ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items()))
-            if toy and step in (0, total):
-                show(runs["world"], collections["world"])
-        barrier()
+        searcher = Retriever(whole(retriever, device), tokenizer)
+        runs = {name: dense_run(searcher, c) for name, c in collections.items()}
+        ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
+        if ndcg:
+            log.record({"step": step, "ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items())
+            log.say(f"step {step}: nDCG@10 {shown}")
+        if toy and rank == 0 and step in (0, total):
+            show(runs["world"], collections["world"])
 
     # -- the loop
-    if not start:
+    if first_step == 0:
         evaluate(0)
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # finish the update, save, leave; at a second one leave at once
-        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
-    sums, since, clock = {}, first_step, time.perf_counter()
+    batches, signals = iter(loader), catch_signals()
     for step in range(first_step + 1, total + 1):
+        began = time.perf_counter()
+        lr = learning_rate(step - 1, args, total)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, args, total)
+            group["lr"] = lr
         micro_batches = [next(batches) for _ in range(accumulation)]
-        torch.manual_seed(int(np.random.default_rng([args.seed, step, rank]).integers(2**62)))  # dropout, so that a resumed run draws the same
-        try:
-            stats = update(model, micro_batches, optimizer, args.max_grad_norm, autocast, device, world)
-        except FloatingPointError as error:
-            read = list(group_order(len(groups), args.seed, step - 1, step, rank, world, accumulation, args.groups_per_device))
-            raise ValueError(
-                f"update {step}, process {rank}: not finite: {error}. Its groups (of {args.data}, from 0): {read}. Nothing was "
-                "updated, and the last checkpoint is intact. Try a smaller --learning_rate, or --dtype float32"
-            ) from None
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            raise ValueError(OUT_OF_MEMORY.format(step, str(error).splitlines()[0])) from None
-        for name, value in stats.items():
-            sums[name] = sums.get(name, 0) + value
-        stop = torch.tensor(float(len(signals)), device=device)
-        if world > 1:
-            dist.all_reduce(stop)  # all processes stop after the same update
-
-        if step % args.logging_steps == 0 or step == total or stop:
-            values = torch.stack([value.to(device).float() for value in sums.values()])
-            if world > 1:
-                dist.all_reduce(values)
-            v = dict(zip(sums, (values / (step - since)).tolist()))  # means over the updates since the last line
-            seconds = (time.perf_counter() - clock) / (step - since)
-            v = {"step": step, "lr": group["lr"]} | v | {"tokens_per_s": v.pop("tokens") / seconds}
-            v |= {"memory_gb": peak_memory(device), "eta_s": seconds * (total - step)}
-            record(v)
-            say(
-                f"{step:6}/{total}  loss {v['loss']:.4f}  lr {v['lr']:.1e}  "
-                f"grad {v['grad_norm_retriever']:.1e} {v['grad_norm_lm']:.1e}  "
-                + (f"max w {v['max_weight']:.2f}  spread {v['spread']:.2f}  " if scale else "")
-                + f"{v['tokens_per_s']:,.0f} tok/s  {v['memory_gb']:.1f} GB  {v['eta_s'] // 60:.0f}:{v['eta_s'] % 60:02.0f} left"
+        seeds = [dropout_seed(args.seed, step, i * world + rank) for i in range(accumulation)]
+        with explained(step, rank, order(first=step - 1, last=step)):
+            stats = update(
+                model, micro_batches, seeds, optimizer, args.max_grad_norm, autocast, device, world
             )
-            sums, since, clock = {}, step, time.perf_counter()
+        log.add(stats, time.perf_counter() - began)
 
-        pause = time.perf_counter()
-        if step % args.save_steps == 0 or step == total or stop:
-            save_checkpoint(out / "checkpoints", step, revela, optimizer, args, per_update, rank)
-            barrier()
-        if stop and step < total:
-            say(f"stopped by a signal after update {step}, which is saved: go on with --resume latest --out {out}")
-            code = STOPPED
-            break
-        if step == total or (args.eval_every and step % args.eval_every == 0):
+        last, stop = step == total, any_process(signals, device, world)
+        if every(args.logging_steps, step) or last or stop:
+            log.write(step, total, lr)
+        if every(args.save_steps, step) or last or stop:
+            save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
+            barrier(world)
+        if every(args.eval_every, step) or last:
             evaluate(step)
-        clock += time.perf_counter() - pause
-    else:
-        code = 0
-        save_models(revela, out, args, rank)
-        say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
-    barrier()  # a process that leaves while another still works would end the job for both
-    return code
+        if stop and not last:
+            log.say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
+            return STOPPED
+    save_models(revela, out, args, device, rank)
+    log.say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
+    return 0
+
+
+def every(n, step):
+    """Whether what is due every `n` updates is due after update `step`."""
+    return n > 0 and step % n == 0
+
+
+def dropout_seed(seed, step, position):
+    """Of the micro-batch at `position` of update `step`, whichever process computes it."""
+    return int(np.random.default_rng([seed, step, position]).integers(2**62))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, rank, world = setup(args.device)
+    if rank == 0:
+        claim(Path(args.out), args.resume)
+    barrier(world)
+    try:
+        code = train(args, device, rank, world)
+        barrier(world)
+        return code
+    except Exception:
+        begun = args.resume or Path(args.out, "metrics.jsonl").exists()
+        if rank == 0 and not begun:  # the folder was empty, and is free again
+            Path(args.out, "config.json").unlink(missing_ok=True)
+            shutil.rmtree(Path(args.out, "world"), ignore_errors=True)
+        raise
 
 
 if __name__ == "__main__":

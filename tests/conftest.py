@@ -1,4 +1,4 @@
-"""What the tests share: tiny models with random weights, a way to run our commands, and warnings turned into errors."""
+"""What the tests share: tiny random models, and a way to run our commands. Warnings are errors."""
 
 import json
 import os
@@ -20,13 +20,17 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
 
 
-TEXTS = [f"{a} {b} {c}." for a in ("the cat", "a dog", "my bird") for b in ("sees", "likes") for c in ("milk", "the sun", "me")]
+SUBJECTS, OBJECTS = ("the cat", "a dog", "my bird"), ("milk", "the sun", "me")
+TEXTS = [f"{a} {b} {c}." for a in SUBJECTS for b in ("sees", "likes") for c in OBJECTS]
 
 
 def make_model(folder, seed=0, **changes):
-    """Write a tiny Llama (GQA, tied head unless changed) with a byte-level tokenizer; returns the folder."""
-    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, eos_token_id=0, initializer_range=0.3)  # fmt: skip
+    """Write a tiny Llama (GQA, tied head unless changed) with a byte-level tokenizer."""
+    config = dict(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+        eos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
     torch.manual_seed(seed)
     llama = Llama(LlamaConfig(**config | changes)).init_weights()
     for p in llama.parameters():
@@ -66,12 +70,14 @@ def tiny(tmp_path):
 
 
 def command(*args, processes=0, code=0, cwd=None, stdin=None):
-    """Run `python args...`, or torchrun with that many processes; check the exit code, return stdout and stderr."""
+    """Run `python args...`, or torchrun; check the exit code, return stdout and stderr."""
     start = [sys.executable]
     if processes:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    args = [str(ROOT / args[0]), *map(str, args[1:])]
+    args = [*start, str(ROOT / args[0]), *map(str, args[1:])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    done = subprocess.run([*start, *args], capture_output=True, text=True, cwd=cwd, env=env, timeout=600, input=stdin)
+    done = subprocess.run(
+        args, capture_output=True, text=True, cwd=cwd, env=env, timeout=600, input=stdin
+    )
     assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
     return done.stdout, done.stderr

@@ -1,9 +1,9 @@
-"""Against transformers, peft, sentence-transformers and matplotlib themselves: CI's second step, since they are no requirements of ours.
+"""Against transformers, peft, sentence-transformers, pytrec_eval, mteb and matplotlib themselves.
 
-    pip install transformers peft sentence-transformers matplotlib
-    python -m pytest -q tests/interop.py
-    python tests/interop.py FOLDER        # hidden states and logits of a real checkpoint, ours and transformers'
-    python tests/interop.py --write       # make golden/families/, from which test_model.py checks the same without them
+pip install transformers peft sentence-transformers pytrec-eval-terrier mteb matplotlib
+python -m pytest -q tests/interop.py
+python tests/interop.py FOLDER     # hidden states and logits of a real checkpoint, ours and theirs
+python tests/interop.py --write    # golden/families/, from which test_model.py checks the same
 """
 
 import json
@@ -12,34 +12,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, make_model, with_lora
-from safetensors.torch import load_file, save_file
-from test_data import write_beir
+from conftest import ROOT, TEXTS, make_model, with_lora
+from safetensors.torch import save_file
 
-from eval import export, main
-from model import Llama, load_adapter, save_adapter, save_model
+import eval
+from data import read_beir, write_toy_world
+from model import Llama, LlamaConfig, load_adapter, save_adapter, save_model
 from revela import Retriever
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
-TINY = dict(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, initializer_range=0.2)
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+TINY = dict(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2)
+TINY |= dict(initializer_range=0.2, num_attention_heads=4, num_key_value_heads=2)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(rope_type="llama3", rope_theta=5e5, original_max_position_embeddings=16)
+TIED = dict(tie_word_embeddings=True)
 FAMILIES = {
-    "Llama-3.2": ("llama", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "Qwen2.5": ("qwen2", dict(num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True)),
-    "SmolLM2": ("llama", dict(num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True)),
-    "TinyLlama": ("llama", dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)),
-    "Llama-2": ("llama", dict(num_attention_heads=4, tie_word_embeddings=False)),
+    "Llama-3.2": ("llama", TIED | dict(num_key_value_heads=1, head_dim=16, rope_parameters=LLAMA3)),
+    "Qwen2.5": ("qwen2", TIED | dict(num_attention_heads=6)),
+    "Qwen3": ("qwen3", TIED | dict(head_dim=16)),
+    "SmolLM2": ("llama", TIED | dict(num_attention_heads=6)),
+    "TinyLlama": ("llama", dict(tie_word_embeddings=False)),
+    "Llama-2": ("llama", dict(tie_word_embeddings=False, num_key_value_heads=4)),
 }
+KINDS = ["llama", "qwen2", "qwen3"]
 
 
 def theirs_of(family, folder):
-    """A tiny model of the family with random weights, saved by transformers; ids, and what it makes of them."""
+    """Let transformers save a tiny random model of the family; return ids and results."""
     import transformers
 
     kind, options = FAMILIES[family]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **TINY, **options)
+    config = transformers.AutoConfig.for_model(kind, **TINY | options)
     theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     for p in theirs.parameters():
         if p.dim() == 1:
@@ -55,92 +60,262 @@ def vectors(theirs, ids):
 
 @torch.no_grad()
 def compare(folder, truth):
-    """The largest error of our hidden states and logits, relative to the largest value."""
-    ours = Llama.from_pretrained(folder)
-    hidden = ours(truth["ids"])
-    error = lambda a, b: ((a - b).abs().max() / b.abs().max()).item()
-    return error(hidden, truth["hidden"]), error(ours.logits(hidden), truth["logits"])
+    """The largest errors of our hidden states and logits, relative to the largest value."""
+    llama = Llama.from_pretrained(folder)
+    hidden = llama(truth["ids"])
+    pairs = (hidden, truth["hidden"]), (llama.logits(hidden), truth["logits"])
+    return [((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs]
+
+
+# --------------------------------------------------------------------------------------------------
+# transformers and peft
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_of_transformers_is_read(family, tmp_path):
-    assert max(compare(tmp_path, theirs_of(family, tmp_path))) < 1e-5
+def test_a_checkpoint_of_transformers_is_read(family, tmp_path, capsys):
+    truth = theirs_of(family, tmp_path)
+    capsys.readouterr()
+    assert max(compare(tmp_path, truth)) < 1e-5
+    assert capsys.readouterr().err == "", "nothing in it is unknown to us"
 
 
-@pytest.mark.parametrize("changes", [{}, dict(model_type="qwen2"), dict(tie_word_embeddings=False)])
-def test_a_checkpoint_of_ours_is_read_by_transformers(tmp_path, changes):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_of_ours_is_read_by_transformers(tmp_path, kind, tied):
     import transformers
 
-    ours, ids = Llama.from_pretrained(make_model(tmp_path / "a", **changes)), torch.arange(1, 30)[None]
+    folder = make_model(tmp_path / "a", model_type=kind, tie_word_embeddings=tied)
+    ours, ids = Llama.from_pretrained(folder), torch.arange(1, 30)[None]
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
-        torch.testing.assert_close(theirs(ids).logits, ours.logits(ours(ids)), rtol=1e-5, atol=5e-5)  # of up to 30
-        bare = Llama.from_pretrained(tmp_path / "a", head=False)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        logits = ours.logits(ours(ids))
+        torch.testing.assert_close(theirs(ids).logits, logits, rtol=1e-5, atol=5e-5)  # of up to 30
+        bare = Llama.from_pretrained(folder, head=False)
         save_model(bare, tmp_path / "b")
         theirs = transformers.AutoModel.from_pretrained(tmp_path / "b", dtype=torch.float32)
-        torch.testing.assert_close(theirs(ids).last_hidden_state, bare(ids), rtol=1e-5, atol=1e-5)
+        hidden = theirs(ids).last_hidden_state
+        torch.testing.assert_close(hidden, bare(ids), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("rslora", [True, False])
-def test_adapters_go_both_ways_between_peft_and_us(tiny, tmp_path, head, rslora):
+def test_adapters_go_both_ways_between_peft_and_us(tmp_path, kind, head, rslora):
     import peft
     import transformers
 
-    ids, kind = torch.arange(1, 30)[None], transformers.AutoModelForCausalLM if head else transformers.AutoModel
-    base = lambda: kind.from_pretrained(tiny, dtype=torch.float32)
-    run = lambda m: m(ids).logits if head else m(ids).last_hidden_state
-    ours = lambda llama: llama.logits(llama(ids)) if head else llama(ids)
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_rslora=rslora)
+    tiny, ids = make_model(tmp_path / "tiny", model_type=kind), torch.arange(1, 30)[None]
+    auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+
+    def base():
+        return auto.from_pretrained(tiny, dtype=torch.float32)
+
+    def run(theirs):
+        return theirs(ids).logits if head else theirs(ids).last_hidden_state
+
+    targets = ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, use_rslora=rslora)
     theirs = peft.get_peft_model(base(), config).eval()
     for name, p in theirs.named_parameters():
-        torch.nn.init.normal_(p, std=0.3) if "lora_B" in name else None
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     llama = Llama.from_pretrained(tiny, head=head)
     load_adapter(llama.eval(), tmp_path / "theirs")
     with torch.no_grad():
-        torch.testing.assert_close(ours(llama), run(theirs), rtol=1e-5, atol=1e-5)
+        truth, ours = run(theirs), llama.logits(llama(ids)) if head else llama(ids)
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=5e-5)
         save_adapter(llama, tmp_path / "ours")
         again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-        torch.testing.assert_close(run(again), run(theirs), rtol=1e-5, atol=1e-5)
-        assert (run(theirs) - run(base())).abs().max() > 0.01
+        torch.testing.assert_close(run(again), truth, rtol=1e-5, atol=1e-5)
+        assert (truth - run(base())).abs().max() > 0.01
 
 
-def test_sentence_transformers_encodes_an_export_as_we_do(tiny, tmp_path):
+# Every field of their configurations: read, without effect on what is computed, or refused if set.
+READ = set(LlamaConfig.__annotations__) | {"rope_parameters", "layer_types"}
+HARMLESS = set("architectures dtype transformers_version use_cache pretraining_tp".split())
+HARMLESS |= set("sliding_window max_window_layers".split())  # only with use_sliding_window
+HARMLESS |= set("output_hidden_states output_attentions return_dict problem_type".split())
+HARMLESS |= set(
+    "chunk_size_feed_forward is_encoder_decoder id2label label2id _name_or_path".split()
+)
+REFUSED = {
+    "hidden_act": ["gelu", "relu"],
+    "attention_bias": [True],
+    "attention_dropout": [0.1],
+    "mlp_bias": [True],
+    "use_sliding_window": [True],
+    "layer_types": [["full_attention", "sliding_attention"]],
+    "rope_parameters": [{"rope_type": t, "factor": 2.0} for t in ("linear", "yarn", "dynamic")],
+    "is_causal": [False],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_of_a_configuration_is_decided(tmp_path, kind):
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind)
+    fields = config.to_dict()
+    unknown = fields.keys() - READ - HARMLESS - REFUSED.keys()
+    assert unknown == {"model_type"} - READ, "decide these"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours = vars(LlamaConfig.from_pretrained(tmp_path))
+    rope = ours.pop("rope_theta"), ours.pop("rope_scaling")
+    assert rope == (config.rope_parameters["rope_theta"], None)
+    head_dim = config.hidden_size // config.num_attention_heads
+    assert ours == {name: getattr(config, name, head_dim) for name in ours}
+    for name, values in REFUSED.items():
+        for value in values:
+            (tmp_path / "config.json").write_text(json.dumps(fields | {name: value}))
+            match = "RoPE" if name == "rope_parameters" else name
+            with pytest.raises(ValueError, match=match):
+                LlamaConfig.from_pretrained(tmp_path)
+
+
+ADAPTER_READ = set("r lora_alpha lora_dropout target_modules use_rslora peft_type".split())
+ADAPTER_HARMLESS = set("auto_mapping base_model_name_or_path inference_mode peft_version".split())
+ADAPTER_HARMLESS |= set("revision task_type megatron_core qalora_group_size".split())
+ADAPTER_REFUSED = {"bias": ["all", "lora_only"], "init_lora_weights": ["pissa", "olora", "loftq"]}
+
+
+def test_every_field_of_an_adapter_is_decided(tiny, tmp_path):
+    import peft
+
+    save_adapter(with_lora(Llama.from_pretrained(tiny)), tmp_path)
+    mine = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=mine["target_modules"])
+    fields = config.to_dict() | {"target_modules": mine["target_modules"]}
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(fields))
+    load_adapter(Llama.from_pretrained(tiny), tmp_path)
+    for name in fields.keys() - ADAPTER_READ - ADAPTER_HARMLESS:
+        for value in ADAPTER_REFUSED.get(name, [True, ["x"], {"x": 2}, "x"]):
+            file.write_text(json.dumps(fields | {name: value}))
+            with pytest.raises(ValueError, match=name):
+                load_adapter(Llama.from_pretrained(tiny), tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# sentence-transformers, mteb
+
+
+def exported(folder, **options):
+    tiny = make_model(folder / "tiny", **options)
+    save_adapter(with_lora(Llama.from_pretrained(tiny, head=False)), folder / "adapter")
+    retriever = Retriever.from_pretrained(tiny, folder / "adapter")
+    eval.export(Retriever.from_pretrained(tiny, folder / "adapter"), folder / "out", max_len=64)
+    return retriever, folder / "out"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentence_transformers_encodes_an_export_as_we_do(tmp_path, kind):
     from sentence_transformers import SentenceTransformer
 
-    save_adapter(with_lora(Llama.from_pretrained(tiny, head=False)), tmp_path / "adapter")
-    retriever, texts = Retriever.from_pretrained(tiny, tmp_path / "adapter"), [*TEXTS, "", "x" * 300]
-    truth = {kind: retriever.encode(texts, kind, max_len=64) for kind in ("query", "passage")}
-    export(retriever, tmp_path / "out", max_len=64)
-    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    for kind in truth:
-        got = torch.tensor(theirs.encode(texts, prompt_name=kind))
-        torch.testing.assert_close(got, truth[kind], rtol=0, atol=1e-4)
+    retriever, folder = exported(tmp_path, model_type=kind)
+    theirs, texts = SentenceTransformer(str(folder), device="cpu"), [*TEXTS, "", "x" * 300]
+    query, passage = (retriever.encode(texts, k, max_len=64) for k in ("query", "passage"))
+    for truth, vectors in (
+        (passage, theirs.encode(texts)),
+        (passage, theirs.encode_document(texts)),
+        (query, theirs.encode_query(texts)),
+        *((passage, theirs.encode(texts, prompt_name=name)) for name in ("passage", "document")),
+        (query, theirs.encode(texts, prompt_name="query")),
+    ):
+        torch.testing.assert_close(torch.tensor(vectors), truth, rtol=0, atol=1e-4)
+    theirs.save(str(tmp_path / "again"))  # a folder as sentence-transformers writes it
+    assert eval.read_max_len(folder) == 64
+    for ours in map(Retriever.from_pretrained, (folder, tmp_path / "again")):
+        for kind, truth in (("query", query), ("passage", passage)):
+            got = ours.encode(texts, kind, max_len=64)
+            torch.testing.assert_close(got, truth, rtol=0, atol=1e-5)
 
 
-def test_a_plot_draws_what_the_runs_metrics_say(tmp_path, monkeypatch):
+def test_mteb_measures_an_export_as_we_do(tmp_path, monkeypatch, capsys):
+    mteb = pytest.importorskip("mteb")
+
+    write_toy_world(tmp_path / "world", seed=0, n_groups=20, n_test=60)
+    collection = corpus, queries, qrels = read_beir(tmp_path / "world")
+    retriever, folder = exported(tmp_path, seed=1)
+    truth = eval.measure(eval.dense_run(retriever, collection, max_len=64), qrels)
+
+    def load_data(self, *_, **__):  # else it is fetched
+        documents = {docid: {"title": "", "text": text} for docid, text in corpus.items()}
+        self.corpus, self.queries = {"test": documents}, {"test": queries}
+        self.relevant_docs, self.data_loaded = {"test": qrels}, True
+        self.convert_v1_dataset_format_to_v2(None)
+
+    monkeypatch.setattr(type(mteb.get_task("SciFact")), "load_data", load_data)
+    eval.main(["--model", str(folder), "--mteb", "SciFact", "--out", str(tmp_path / "r.json")])
+    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    out = capsys.readouterr().out
+    assert result["data"] == "SciFact" and 0.01 < truth["ndcg@10"] < 0.99
+    for name in ("ndcg@10", "mrr@10", "recall@100"):
+        assert result[name] == pytest.approx(truth[name], abs=2e-5), name  # they round
+        assert f"{result[name]:.4f}" in out
+
+
+# --------------------------------------------------------------------------------------------------
+# trec_eval, matplotlib
+
+KNOWN = {"adi": 0.3914, "cisi": 0.3180}  # where documents and queries are both numbered from 1
+REAL = sorted(Path("/work/shared/data/eval").glob("*/corpus.jsonl"))
+
+
+@pytest.mark.parametrize("folder", [file.parent for file in REAL] or ["toy"], ids=str)
+def test_measures_of_bm25_are_trec_evals(folder, tmp_path):
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+
+    if folder == "toy":
+        write_toy_world(folder := tmp_path / "world", seed=0, n_groups=20)
+    corpus, queries, qrels = read_beir(folder)
+    run = eval.bm25_run((corpus, queries, qrels))
+    names = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100", "mrr@10": "recip_rank"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "recip_rank"})
+    truth = theirs.evaluate({qid: found for qid, found in run.items() if found})
+    measured = eval.measure(run, qrels)
+    ours, ndcg = measured["per_query"], measured["ndcg@10"]
+    assert ours.keys() == queries.keys()
+    assert ndcg == pytest.approx(KNOWN.get(folder.name, ndcg), abs=5e-5)
+    for qid, row in ours.items():
+        for name, value in row.items():
+            expected = truth[qid][names[name]] if qid in truth else 0
+            expected *= name != "mrr@10" or expected >= 1 / 10  # theirs has no cut
+            assert value == pytest.approx(expected, abs=1e-12), (qid, name)
+
+
+def test_plots_draw_what_the_files_say(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (figures.append(self), savefig(self, *args, **more)))
-    whole = [{"step": 0, "ndcg@10": 0.1}, {"step": 10, "loss": 4.0, "max_weight": 0.5}, {"step": 20, "loss": 3.5, "max_weight": 0.75},
-             {"step": 20, "ndcg@10": 0.3}]  # fmt: skip
-    control = [{"step": 10, "loss": 3.0}]  # --no_inbatch, without an evaluation
-    (tmp_path / "a").mkdir()
-    for file, rows in (("a/metrics.jsonl", whole), ("b-metrics.jsonl", control)):
-        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = [str(tmp_path / "a"), str(tmp_path / "b-metrics.jsonl")]
-    data = write_beir(tmp_path / "world")
-    main(["--plot", str(tmp_path / "c.svg"), *runs, "--bm25", "--data", str(data)])
-    main(["--plot", str(tmp_path / "c.png"), *runs])
-    lines = [[(line.get_label(), *map(list, line.get_data())) for line in axes.lines] for axes in figures[0].axes]
-    assert lines[0][:2] == [("a", [0, 20], [0.1, 0.3]), ("b", [], [])] and lines[0][2][0] == "bm25 on world"
-    assert lines[1:] == [[("a", [10, 20], [4.0, 3.5]), ("b", [10], [3.0])], [("a", [10, 20], [0.5, 0.75]), ("b", [], [])]]
-    assert [axes.get_ylabel() for axes in figures[0].axes] == ["nDCG@10", "loss", "mean largest weight"]
-    assert "updates" in (tmp_path / "c.svg").read_text() and (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="c.svg exists already"):
-        main(["--plot", str(tmp_path / "c.svg"), *runs])
+    monkeypatch.syspath_prepend(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    import plot
+
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *a, **k: drawn.append(a[0]) or savefig(*a, **k))
+    steps = [{"step": n, "loss": 4 - n / 10, "max_weight": n / 20} for n in (10, 20)]
+    rows = [{"step": 0, "ndcg@10": 0.1}, *steps, {"step": 20, "ndcg@10": 0.3}]
+    Path("a").mkdir()
+    Path("a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("b-metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n')  # --no_inbatch
+    pairs = [(system, data) for system in ("bm25", "dense") for data in ("cisi", "cranfield")]
+    results = [{"system": s, "data": d, "ndcg@10": i / 10} for i, (s, d) in enumerate(pairs)]
+    Path("r.json").write_text(json.dumps({"results": results}))
+    plot.main(["updates", "c.svg", "a", "b-metrics.jsonl", "--lines", "r.json"])
+    plot.main(["sizes", "s.png", "8=r.json", "16=r.json"])
+    ndcg, loss, weight, sizes = (
+        {line.get_label(): tuple(map(list, line.get_data())) for line in axes.lines}
+        for picture in drawn
+        for axes in picture.axes
+    )
+    assert ndcg["a"] == ([0, 20], [0.1, 0.3]) and ndcg["b"] == ([], []) and len(ndcg) == 6
+    assert ndcg["dense on cisi"][1] == [0.2, 0.2]
+    assert loss == {"a": ([10, 20], [3.0, 2.0]), "b": ([10], [3.0])}
+    assert weight == {"a": ([10, 20], [0.5, 1.0]), "b": ([], [])}
+    assert sizes["cisi"] == ([8, 16], [0.2, 0.2]) and sizes["BM25 on cranfield"][1] == [0.1, 0.1]
+    assert "updates" in Path("c.svg").read_text() and Path("s.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit):
+        plot.main(["updates", "c.svg", "a"])  # it exists
 
 
 if __name__ == "__main__":
@@ -151,6 +326,11 @@ if __name__ == "__main__":
     else:
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-        ids = torch.randint(0, model.config.vocab_size, (4, 200), generator=torch.Generator().manual_seed(0))
-        print("largest relative error of hidden states and logits:", compare(sys.argv[1], vectors(model, ids)))
+        auto = transformers.AutoModelForCausalLM
+        theirs = auto.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+        some = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, theirs.config.vocab_size, (4, 200), generator=some)
+        print(
+            "largest errors of hidden states and logits:",
+            *compare(sys.argv[1], vectors(theirs, ids)),
+        )

@@ -1,9 +1,10 @@
-"""The method as plain loops in float64, written from the paper's equations and from nothing in model.py or revela.py.
+"""The method as plain loops in float64, written from the paper's equations and no file of ours.
 
-It takes a dictionary of weights under Hugging Face's names (LoRA already merged) and knows no batches: every passage,
-head, query token and key token is a loop of its own.
+It takes a dictionary of weights under Hugging Face's names (LoRA already merged) and knows no
+batches: every passage, head, query token and key token is a loop of its own.
 """
 
+import itertools
 import math
 
 import torch
@@ -25,8 +26,8 @@ def rotary(x, position, theta):
 
 
 def block_qkv(w, c, layer, x):
-    """x: list of [D] -> q[t][h], k[t][h], v[t][h] after norm, projection and RoPE (k, v repeated for grouped heads)."""
-    name, d = f"layers.{layer}.", c.head_dim
+    """x: list of [D] -> q[t][h], k[t][h], v[t][h] after RoPE (k, v repeated for grouped heads)."""
+    name = f"layers.{layer}."
     q, k, v = [], [], []
     for t, xt in enumerate(x):
         n = rms_norm(xt, w[name + "input_layernorm.weight"], c.rms_norm_eps)
@@ -35,22 +36,37 @@ def block_qkv(w, c, layer, x):
             y = w[f"{name}self_attn.{p}_proj.weight"] @ n
             if c.model_type == "qwen2":
                 y = y + w[f"{name}self_attn.{p}_proj.bias"]
-            parts[p] = y.split(d)
-        repeat = c.num_attention_heads // c.num_key_value_heads
+            parts[p] = y.split(c.head_dim)
+            if c.model_type == "qwen3" and p != "v":
+                norm = w[f"{name}self_attn.{p}_norm.weight"]
+                parts[p] = [rms_norm(y, norm, c.rms_norm_eps) for y in parts[p]]
+        H, repeat = c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
         q.append([rotary(y, t, c.rope_theta) for y in parts["q"]])
-        k.append([rotary(parts["k"][h // repeat], t, c.rope_theta) for h in range(c.num_attention_heads)])
-        v.append([parts["v"][h // repeat] for h in range(c.num_attention_heads)])
+        k.append([rotary(parts["k"][h // repeat], t, c.rope_theta) for h in range(H)])
+        v.append([parts["v"][h // repeat] for h in range(H)])
     return q, k, v
 
 
 def attend(q, keys, values, v_norm=False):
-    """One query [d] over lists of keys and values; with v_norm the result is divided by sum_u a_u |v_u| + 1e-6."""
+    """One query [d] over lists of keys and values; v_norm: divided by sum_u a_u |v_u| + 1e-6."""
     scores = torch.stack([q @ k for k in keys]) / math.sqrt(len(q))
     a = (scores - scores.max()).exp()
     a = a / a.sum()
     out = sum(a[u] * values[u] for u in range(len(values)))
     if v_norm:
-        out = out / (sum(a[u] * values[u].pow(2).sum().sqrt() for u in range(len(values))) + 1e-6)
+        lengths = [values[u].pow(2).sum().sqrt() for u in range(len(values))]
+        out = out / (sum(a[u] * lengths[u] for u in range(len(values))) + 1e-6)
+    return out
+
+
+def in_batch_attention(q, k, v, weights, mask, v_norm):
+    """What passages read: q [B, H, T, d], k, v [B, H_kv, T, d], weights [B, B], mask [B, T]."""
+    B, H, T, _ = q.shape
+    out = torch.zeros_like(q)
+    for i, h, t in itertools.product(range(B), range(H), range(T)):
+        for j in set(range(B)) - {i}:
+            keys, values = (x[j, h // (H // x.shape[1])][mask[j]] for x in (k, v))
+            out[i, h, t] += weights[i, j] * attend(q[i, h, t], keys, values, v_norm)
     return out
 
 
@@ -61,14 +77,20 @@ def finish_block(w, c, layer, x, attention):
         xt = xt + w[name + "self_attn.o_proj.weight"] @ at
         n = rms_norm(xt, w[name + "post_attention_layernorm.weight"], c.rms_norm_eps)
         gate = w[name + "mlp.gate_proj.weight"] @ n
-        xt = xt + w[name + "mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * (w[name + "mlp.up_proj.weight"] @ n))
-        out.append(xt)
+        inner = gate / (1 + (-gate).exp()) * (w[name + "mlp.up_proj.weight"] @ n)
+        out.append(xt + w[name + "mlp.down_proj.weight"] @ inner)
     return out
 
 
 def causal(q, k, v, H):
-    return [torch.cat([attend(q[t][h], [k[u][h] for u in range(t + 1)], [v[u][h] for u in range(t + 1)]) for h in range(H)])
-            for t in range(len(q))]  # fmt: skip
+    out = []
+    for t in range(len(q)):
+        past = range(t + 1)
+        heads = [
+            attend(q[t][h], [k[u][h] for u in past], [v[u][h] for u in past]) for h in range(H)
+        ]
+        out.append(torch.cat(heads))
+    return out
 
 
 def hidden_states(w, c, ids):
@@ -80,22 +102,36 @@ def hidden_states(w, c, ids):
     return [rms_norm(xt, w["norm.weight"], c.rms_norm_eps) for xt in x]
 
 
+def embedding(w, c, ids):
+    """The vector [D] of one text that ends in EOS."""
+    y = hidden_states(w, c, ids)[-1]
+    return y / y.pow(2).sum().sqrt()
+
+
 def weights(w, c, queries, passages, tau):
-    """In-batch weights of one group: queries, passages are lists of id lists that end in EOS."""
-    unit = lambda y: y / y.pow(2).sum().sqrt()
-    q = [unit(hidden_states(w, c, ids)[-1]) for ids in queries]
-    p = [unit(hidden_states(w, c, ids)[-1]) for ids in passages]
+    """In-batch weights of one group: queries, passages are lists of lists of ids."""
+    q = [embedding(w, c, ids) for ids in queries]
+    p = [embedding(w, c, ids) for ids in passages]
     B, rows = len(q), []
     for i in range(B):
         s = {j: q[i] @ p[j] / tau for j in range(B) if j != i}
-        top = max(s.values())
-        e = {j: (sj - top).exp() for j, sj in s.items()}
-        rows.append(torch.stack([e[j] / sum(e.values()) if j != i else torch.zeros_like(top) for j in range(B)]))
+        e = {j: (s[j] - max(s.values())).exp() for j in s} | {i: torch.zeros_like(q[i][0])}
+        rows.append(torch.stack([e[j] / sum(e.values()) for j in range(B)]))
     return torch.stack(rows)
 
 
+def likelihood(w, c, context, text):
+    """Mean log-likelihood of the second half of `text`, read after `context` and its first half."""
+    ids, first = context + text, len(context) + len(text) // 2
+    hidden, total = hidden_states(w, c, ids), 0
+    for t in range(first, len(ids)):
+        logits = w.get("lm_head.weight", w["embed_tokens.weight"]) @ hidden[t - 1]
+        total = total + logits[ids[t]] - torch.logsumexp(logits, 0)
+    return total / (len(ids) - first)
+
+
 def losses(w, c, texts, wij, v_norm, scale=1.0, pad=None):
-    """Summed next-token losses of one group, in the in-batch and the context stream, and the number of targets."""
+    """Summed next-token losses of one group, in-batch and context stream, and how many they are."""
     context = [[w["embed_tokens.weight"][i] for i in ids] for ids in texts]
     stream = [list(x) for x in context]
     H = c.num_attention_heads
@@ -111,7 +147,7 @@ def losses(w, c, texts, wij, v_norm, scale=1.0, pad=None):
                     mixed = 0
                     for j in range(len(texts)):
                         if j != i:
-                            keys, values = [kt[h] for kt in kv[j][1]], [vt[h] for vt in kv[j][2]]
+                            keys, values = ([y[h] for y in kv[j][n]] for n in (1, 2))
                             mixed = mixed + wij[i, j] * attend(q[t][h], keys, values, v_norm)
                     heads.append(mixed)
                 attention[t] = attention[t] + scale * torch.cat(heads)

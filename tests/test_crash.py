@@ -1,7 +1,8 @@
-"""Nothing is lost: runs that are killed, disks that are full, hosts that go away. What is left goes on, bitwise as if nothing had been."""
+"""Runs that are killed, disks that are full, hosts that go away: all go on, bitwise."""
 
 import os
-import shutil
+import random
+import resource
 import signal
 import socket
 import subprocess
@@ -9,114 +10,106 @@ import sys
 import time
 
 import pytest
-import torch
-from conftest import ROOT, command
-from test_train import arguments, metrics, weights
+from conftest import ROOT
+from test_train import arguments, run, same, together
 
-HEAD = f"""
-import os, random, resource, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
 import train
 from eval import leave
-"""
 
-# Lives after lives of one run, forked from a process that has torch loaded. Each dies by SIGKILL, at a random moment or at
-# a chosen event: as an update begins or ends, before or after any fsync or rename of the saves.
-LIVES = """
-rng, lives, deaths, args, out = random.Random(int(sys.argv[1])), int(sys.argv[2]), [], sys.argv[3:], sys.argv[sys.argv.index("--out") + 1]
-
-def counted(f, name):
-    def g(*a, **k):
-        event("before " + name)
-        result = f(*a, **k)
-        event("after " + name)
-        return result
-    return g
-
-def event(name):
-    global left
-    left -= 1
-    if left == 0:
-        print("died", name, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-while True:
-    by_event, left, delay = len(deaths) % 2 == 0 and len(deaths) < lives, rng.randrange(1, 70), rng.uniform(0, 0.6)
-    pid = os.fork()
-    if pid == 0:
-        if by_event:
-            train.update, os.fsync, os.replace = counted(train.update, "update"), counted(os.fsync, "fsync"), counted(os.replace, "replace")
-        train.main(args + (["--resume", "latest"] if os.path.exists(out + "/checkpoints/latest") else []))
-        leave()
-    if len(deaths) < lives and not by_event:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if not os.WIFSIGNALED(status):
-        sys.exit(f"{len(deaths)} deaths" if os.waitstatus_to_exitcode(status) or len(deaths) < lives else 0)
-    deaths.append(status)
-    if not os.path.exists(out + "/checkpoints/latest"):
-        import shutil
-        shutil.rmtree(out, ignore_errors=True)
-"""
+EVENTS = [
+    f"{when} {what}" for when in ("before", "after") for what in ("update", "fsync", "replace")
+]
 
 
-def script(tmp_path, text):
-    (tmp_path / "script.py").write_text(HEAD + text)
-    return tmp_path / "script.py"
+def lives(deaths, args):
+    """Run `args` again and again, until SIGKILL has met it so often; then leave it alone.
 
+    Every second time at an event: before or after an update, or any fsync or rename of the saves.
+    Else at a random moment.
+    """
+    rng, left = random.Random(0), {}
+    del os.environ["RANK"]  # a run of one process
 
-def same(a, b, tolerance=0):
-    """The runs in a and b ended with the same weights and logged the same losses."""
-    for name, w in weights(a).items():
-        torch.testing.assert_close(weights(b)[name], w, rtol=0, atol=tolerance)
-    assert [row["loss"] for row in metrics(b)] == pytest.approx([row["loss"] for row in metrics(a)], rel=tolerance, abs=0)
+    def event(name):
+        if left.get(name) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[name] = left.get(name, 0) - 1
+
+    def counted(f):
+        def g(*args):
+            event(f"before {f.__name__}")
+            result = f(*args)
+            event(f"after {f.__name__}")
+            return result
+
+        return g
+
+    for death in range(deaths + 1):
+        name = EVENTS[death // 2 % len(EVENTS)]
+        times, delay = rng.randrange(1, 4 if "update" in name else 12), rng.uniform(0, 0.25)
+        left = {name: times} if death % 2 == 0 and death < deaths else {}
+        if (pid := os.fork()) == 0:
+            train.update, os.fsync = counted(train.update), counted(os.fsync)
+            os.replace = counted(os.replace)
+            leave(train.main(args))
+        if death % 2:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code == (0 if death == deaths else -signal.SIGKILL), f"{code} after {death} deaths"
 
 
 def test_a_run_that_is_killed_twenty_times_ends_as_the_undisturbed_one(tmp_path):
-    args = lambda out: arguments(tmp_path, out, "--max_steps", 40, "--save_steps", 1, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.3)
-    command("train.py", *args("whole"))
-    stdout, _ = command(script(tmp_path, LIVES), 0, 20, *args("killed"))
-    assert len({line for line in stdout.splitlines() if line.startswith("died")}) > 3  # at different events
+    more = "--max_steps 60 --gradient_accumulation_steps 1"
+    train.main(arguments(tmp_path, "whole", more, "--save_steps 0"))
+    together(1, lives, 20, arguments(tmp_path, "killed", more, "--save_steps 1 --resume"))
     same(tmp_path / "whole", tmp_path / "killed")
 
 
-FULL = """
-update, calls = train.update, []
-def filling(*args):
-    calls.append(1)
-    if len(calls) == 3:  # after the checkpoint of update 2
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-    return update(*args)
-train.update = filling
-try:
-    train.main(sys.argv[2:])
-except (ValueError, OSError) as error:
-    sys.exit(f"train.py: {error}")
-"""
+def filling(room, args):
+    """Train, and after update 2 let files have `room` bytes: the failure is one sentence."""
+    update, calls = train.update, []
+
+    def fill(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        return update(*args)
+
+    train.update = fill
+    with pytest.raises((ValueError, OSError), match=r"\A.+\Z"):
+        train.main(args)
 
 
-@pytest.mark.parametrize("room", [0, 600, 8000])  # bytes: for nothing, for the small files, for a part of the weights
-def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path, room):
-    command("train.py", *arguments(tmp_path, "whole"))
-    _, stderr = command(script(tmp_path, FULL), room, *arguments(tmp_path, "full"), code=1)
-    assert stderr.startswith("train.py: ") and stderr.count("\n") == 1, stderr
-    checkpoints = tmp_path / "full/checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_000002"]
-    command("train.py", *arguments(tmp_path, "full", "--resume", "latest"))
-    same(tmp_path / "whole", tmp_path / "full")
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path):
+    train.main(arguments(tmp_path, "whole"))
+    for room in (0, 8000):  # for nothing, for the log and a part of the weights
+        args = arguments(tmp_path, f"full{room}", "--resume")
+        together(1, filling, room, args)
+        checkpoints = tmp_path / f"full{room}/checkpoints"
+        assert {path.name for path in checkpoints.iterdir()} == {"latest", "step_000002"}
+        train.main(args)
+        same(tmp_path / "whole", tmp_path / f"full{room}")
 
 
-DYING = """
-update, calls, died = train.update, [], sys.argv[1]
+DYING = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from eval import leave
+
+update, calls, died = train.update, [], sys.argv[1] + ".died"
+print(os.getpid(), file=open(sys.argv[2], "w"), flush=True)
+
 def dying(*args):
     calls.append(1)
-    if len(calls) == 4 and os.environ["RANK"] == "2" and not os.path.exists(died):
+    if len(calls) == 4 and os.environ["RANK"] == "1" and not os.path.exists(died):
         open(died, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return update(*args)
+
 train.update = dying
-leave(train.main(sys.argv[2:]))
+leave(train.main(sys.argv[3:]))
 """
 
 
@@ -129,50 +122,45 @@ def wait_for(condition):
     raise TimeoutError
 
 
-@pytest.fixture
-def hosts():
-    """Two hosts, as (start of a command line, address): network namespaces joined by a cable where we may make them, else both are this one."""
-    a, b = (f"revela{os.getpid()}{x}" for x in "ab")
-    join = [f"ip netns add {a}", f"ip netns add {b}", f"ip link add eth0 netns {a} type veth peer name eth0 netns {b}"]
-    for name, address in ((a, "10.9.8.1"), (b, "10.9.8.2")):
-        join += [f"ip -n {name} addr add {address}/24 dev eth0", f"ip -n {name} link set eth0 up", f"ip -n {name} link set lo up"]
-    joined = shutil.which("ip") and all(subprocess.run(line.split(), stderr=subprocess.DEVNULL).returncode == 0 for line in join)
-    yield [(["ip", "netns", "exec", a], "10.9.8.1"), (["ip", "netns", "exec", b], "10.9.8.2")] if joined else [([], "localhost")] * 2
-    for name in (a, b) if shutil.which("ip") else ():
-        subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
-
-
-def test_two_hosts_go_on_after_the_death_of_a_process_and_of_a_host(tmp_path, hosts):
-    """Two launchers, each on a host of its own with two processes. One process dies, and all are started again; then a whole host
-    dies, and is started again by hand. The others wait for it and all go on from the last checkpoint. Not bitwise: DDP lays gradients
-    out anew after its first update, and with that changes the order in which those of four processes are summed."""
-    args = lambda out: arguments(tmp_path, out, "--gradient_accumulation_steps", 1, "--max_steps", 30, "--save_steps", 2, "--lora_dropout", 0.3,
-                                 "--learning_rate", 1e-3)  # fmt: skip
-    command("train.py", *args("whole"), processes=4)
+def test_two_hosts_go_on_after_the_death_of_a_process_and_of_a_host(tmp_path):
+    """A process dies, and its launcher starts all again. Then a host dies, and is started again by
+    hand; the other waits for it. Each time all go on from the last checkpoint, and bitwise: a sum
+    of two gradients has one order."""
+    more = "--gradient_accumulation_steps 1 --max_steps 30"
+    together(2, run, arguments(tmp_path, "whole", more, "--save_steps 0"))
+    (tmp_path / "dying.py").write_text(DYING)
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | ({"GLOO_SOCKET_IFNAME": "eth0"} if hosts[0][0] else {})
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
     def start(n):
-        enter, address = hosts[n]
-        (tmp_path / f"host{n}.py").write_text(HEAD + DYING)
-        torchrun = [*enter, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--max-restarts=9", "--rdzv_backend=c10d",
-                    "--rdzv_id=1", f"--rdzv_endpoint={hosts[0][1]}:{port}", f"--local_addr={address}", f"--rdzv_conf=is_host={1 - n}"]  # fmt: skip
-        words = [*torchrun, tmp_path / f"host{n}.py", tmp_path / "died", *args("hosts")]
+        launch = f"""-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --max-restarts=9
+            --rdzv_backend=c10d --rdzv_id=1 --rdzv_endpoint=localhost:{port} --local_addr=localhost
+            --rdzv_conf=is_host={1 - n},keep_alive_interval=1
+            {tmp_path}/dying.py {tmp_path}/rank {tmp_path}/pid{n}"""
+        words = [sys.executable, *launch.split(), *arguments(tmp_path, "hosts", more, "--resume")]
         with open(tmp_path / f"log{n}", "a") as log:
-            return subprocess.Popen([str(word) for word in words], env=env, stdout=log, stderr=log)
+            return subprocess.Popen(words, env=env, stdout=log, stderr=log)
+
+    def kill(n):
+        if runs[n].poll() is None:
+            os.kill(int((tmp_path / f"pid{n}").read_text()), signal.SIGKILL)
+            runs[n].kill()
+        return runs[n].wait()
+
+    def reached(step):
+        file = tmp_path / "hosts/metrics.jsonl"
+        return file.exists() and f'"step": {step},' in file.read_text()
 
     runs = [start(0), start(1)]
-    file = tmp_path / "hosts/metrics.jsonl"
-    reached = lambda step: file.exists() and f'"step": {step},' in file.read_text()
     try:
-        wait_for(lambda: (tmp_path / "died").exists() and reached(9))
-        subprocess.run(["pkill", "-9", "-f", str(tmp_path / "host1.py")])
-        assert runs[1].wait() == -signal.SIGKILL
-        assert not reached(30)
+        wait_for(lambda: (tmp_path / "rank.died").exists() and reached(9))
+        assert kill(1) == -signal.SIGKILL and not reached(30)
         runs[1] = start(1)
-        assert [run.wait(timeout=300) for run in runs] == [0, 0], (tmp_path / "log0").read_text()
+        codes = [process.wait(timeout=300) for process in runs]
+        assert codes == [0, 0], (tmp_path / "log0").read_text()
     finally:
-        subprocess.run(["pkill", "-9", "-f", str(tmp_path / "host")])
-    same(tmp_path / "whole", tmp_path / "hosts", 1e-5)
+        for n in (0, 1):
+            kill(n)
+    same(tmp_path / "whole", tmp_path / "hosts")

@@ -1,0 +1,89 @@
+"""Draw every picture of the README and of RESULTS.md. Needs matplotlib: pip install matplotlib
+
+python assets/plot.py updates curves.svg runs/smol-0 runs/smol-1 --lines bm25.json
+python assets/plot.py sizes sizes.svg 8=size-8.json 16=size-16.json 32=size-32.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+try:
+    from matplotlib import cycler, figure, rcParams
+except ImportError:
+    sys.exit("plot.py needs the package matplotlib: pip install matplotlib")
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's
+STYLE = {
+    "axes.prop_cycle": cycler(color=COLORS, marker=list("os^Dv")),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 13,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "0",  # the same numbers make the same file
+}
+DOTTED = {"linewidth": 1, "linestyle": ":"}
+PANELS = {"ndcg@10": "nDCG@10", "loss": "loss", "max_weight": "mean largest weight"}
+
+
+def read_results(file):
+    results = json.loads(Path(file).read_text())["results"]
+    return {f"{r['system']} on {r['data']}": r["ndcg@10"] for r in results}
+
+
+def updates(runs, lines):
+    picture = figure.Figure(figsize=(6, 9), layout="tight")
+    panels = picture.subplots(3, sharex=True)
+    for run in map(Path, runs):
+        file = run / "metrics.jsonl" if run.is_dir() else run
+        name = run.name.removesuffix("-metrics.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for axes, key in zip(panels, PANELS):
+            x = [row["step"] for row in rows if key in row]
+            y = [row[key] for row in rows if key in row]
+            axes.plot(x, y, markersize=4, label=name)
+            axes.set_ylabel(PANELS[key])
+    if lines:
+        for label, ndcg in read_results(lines).items():
+            panels[0].axhline(ndcg, color="black", label=label, **DOTTED)
+    panels[0].legend(frameon=False)
+    panels[2].set_xlabel("updates")
+    return picture
+
+
+def sizes(pairs):
+    picture = figure.Figure(figsize=(6, 4), layout="tight")
+    axes = picture.subplots()
+    files = dict(pair.split("=") for pair in pairs)
+    ticks = [int(size) for size in files]
+    tables = [read_results(file) for file in files.values()]
+    for data, color in zip(("cranfield", "cisi"), COLORS):
+        dense = [table[f"dense on {data}"] for table in tables]
+        bm25 = tables[0][f"bm25 on {data}"]
+        axes.plot(ticks, dense, color=color, label=data)
+        axes.axhline(bm25, color=color, label=f"BM25 on {data}", **DOTTED)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, ticks)
+    axes.set(xlabel="passages in a group", ylabel="nDCG@10", ylim=0)
+    axes.legend(frameon=False, ncols=2, fontsize=11, loc="lower right")
+    return picture
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw training runs, or results by group size.")
+    add = parser.add_argument
+    add("kind", choices=("updates", "sizes"))
+    add("out", help="picture to write (.svg, .png); must not exist")
+    add("runs", nargs="+", help="run folders or metrics.jsonl files; sizes: SIZE=results.json")
+    add("--lines", help="updates: results.json of eval.py; each result is a dotted line")
+    args = parser.parse_args(argv)
+    if Path(args.out).exists():
+        parser.error(f"{args.out} exists already; remove it or choose another name")
+    rcParams.update(STYLE)
+    picture = sizes(args.runs) if args.kind == "sizes" else updates(args.runs, args.lines)
+    picture.savefig(args.out, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
