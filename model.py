@@ -99,6 +99,13 @@ def dropout(x, p):
     return x * kept.mul_(2**16 / (2**16 - dropped))
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean of x^2 + eps) * weight, in the precision of x."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def rope(config, T, device):
     """cos and sin [T, d] float32 of the rotary angles at positions 0..T-1.
 
@@ -158,8 +165,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * d, D)
         self.q_norm = self.k_norm = nn.Identity()
         if config.model_type == "qwen3":
-            self.q_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(d, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(d, eps=config.rms_norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
@@ -189,9 +196,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, read=None, kv_only=False):
@@ -221,7 +228,7 @@ class Llama(nn.Module):
         self.lora = None  # rank, alpha, dropout and targets once `add_lora` has been here
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = None
         if head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -265,10 +272,21 @@ class Llama(nn.Module):
         if mask is not None and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
             raise ValueError("mask has padding before a real token; pad on the right")
         cos, sin = rope(self.config, ids.shape[1], ids.device)
-        x = self.embed_tokens(ids)  # [N, T, D]
+        x = self.embed(ids)  # [N, T, D]
         for block in self.layers:
             x, _, _ = block(x, cos, sin)
         return self.norm(x)
+
+    def embed(self, ids):
+        """ids [N, T] -> the residual stream [N, T, D], under autocast in float32.
+
+        Blocks add to it what they compute in bfloat16. Were it rounded to that after each of them,
+        its few huge coordinates would drown the gradient in noise.
+        """
+        x = self.embed_tokens(ids)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return x.float() if autocast else x
 
     def logits(self, hidden):
         """hidden [..., D] -> next-token logits [..., V]."""

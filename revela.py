@@ -190,7 +190,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0):
         read = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
         return scale * read.flatten(0, 1)
 
-    context = stream = lm.embed_tokens(ids.flatten(0, 1))  # [N, T, D]
+    context = stream = lm.embed(ids.flatten(0, 1))  # [N, T, D]
     for block in lm.layers:
         last = block is lm.layers[-1]  # of which the context stream needs keys and values alone
         context, k, v = block(context, cos, sin, kv_only=last)

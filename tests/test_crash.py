@@ -114,8 +114,8 @@ leave(train.main(sys.argv[3:]))
 
 
 def wait_for(condition):
-    """Until it holds, for at most five minutes."""
-    for _ in range(3000):
+    """Until it holds, for at most two minutes."""
+    for _ in range(1200):
         if condition():
             return
         time.sleep(0.1)
