@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import tokenizers
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process: sums in one order
+
+import pytest  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
