@@ -519,6 +519,22 @@ def new(path):
     return path
 
 
+def fsync(path):
+    """Return when what was written to `path`, a file or folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write(file, text):
+    """Replace `file` atomically."""
+    file, partial = Path(file), Path(f"{file}.partial")
+    partial.write_text(text)
+    fsync(partial)
+    os.replace(partial, file)
+    fsync(file.parent)
+
+
 def note(text):
     """Print a line for the user, by the first process alone."""
     if os.environ.get("RANK", "0") == "0":

@@ -47,6 +47,7 @@ from data import (
     read_collections,
     read_json,
     read_passages,
+    write,
 )
 from model import check, merge_lora, save_model
 from revela import Retriever
@@ -311,8 +312,8 @@ def interactive(path, retriever, bm25, folder=None, progress=False, **encode):
 
 
 def write_json(file, value):
-    """Write `value` to `file`."""
-    Path(file).write_text(json.dumps(value, indent=1) + "\n")
+    """Replace `file` by `value` atomically."""
+    write(file, json.dumps(value, indent=1) + "\n")
 
 
 def write_encoding(folder, max_len=512):

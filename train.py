@@ -47,12 +47,14 @@ from data import (
     Groups,
     find,
     flags_given,
+    fsync,
     group_order,
     out_of_memory,
     read_collections,
     read_json,
     read_safetensors,
     reading,
+    write,
     write_toy_world,
 )  # fmt: skip
 from eval import dense_run, leave, measure, setup, show, write_encoding
@@ -224,18 +226,20 @@ def full(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def whole(llama, device):
-    """`llama`, or if it is sharded a copy on `device` with whole weights. Collective."""
+def whole(llama, device, only=""):
+    """`llama`, or if it is sharded a copy on `device`, with its weights whose names contain `only`.
+
+    Collective.
+    """
     if not isinstance(llama.layers[0], FSDPModule):
         return llama
     with torch.device("meta"):
         copy = Llama(llama.config, llama.has_head)
         if llama.lora:
             add_lora(copy, *llama.lora.values())
-    options = dcp.StateDictOptions(full_state_dict=True)
-    weights = dcp.get_model_state_dict(llama, options=options)
-    weights = {name: t.to(device) for name, t in weights.items()}
-    copy.load_state_dict(weights, assign=True)
+    named = [(name, p.detach()) for name, p in llama.named_parameters() if only in name]
+    weights = {name: full(p).to(device) for name, p in named}
+    copy.load_state_dict(weights, strict=False, assign=True)
     copy.path = llama.path
     return copy
 
@@ -296,7 +300,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
 ADVICE = """The last checkpoint is intact.
 These flags help and change nothing but rounding:
   --activation_checkpointing selective, or full;  --strategy fsdp, with several processes;
-  --groups_per_device smaller, with more --gradient_accumulation_steps;
+  --groups_per_device smaller, with more --gradient_accumulation_steps (other dropout);
   --dtype bfloat16 (more rounding).
 These help and change what is computed: --passage_max_len, --train_group_size, --lora_r smaller."""
 
@@ -326,31 +330,17 @@ save_steps""".split()
 TRAINED = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
 
 
-def fsync(path):
-    """Return when what was written to `path`, a file or folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write(file, text):
-    """Replace `file` atomically."""
-    partial = Path(f"{file}.partial")
-    partial.write_text(text)
-    fsync(partial)
-    os.replace(partial, file)
-    fsync(file.parent)
-
-
-def save_models(revela, folder, args, device, rank):
+def save_models(revela, folder, args, rank):
     """Write `folder`/retriever and, unless it is frozen, `folder`/lm. Collective.
 
     Adapters, or after full training whole checkpoints with their tokenizers.
     """
     bases = {"retriever": args.model, "lm": args.lm or args.model}
     for name, llama in (("retriever", revela.retriever.llama), ("lm", revela.lm)):
-        llama = whole(llama, device)
-        if rank or name == "lm" and args.freeze_lm:
+        if name == "lm" and args.freeze_lm:
+            continue
+        llama = whole(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
+        if rank:
             continue
         save = save_adapter if llama.lora else save_model
         save(llama, folder / name)
@@ -451,9 +441,8 @@ class Log:
         self.since, self.sums, self.seconds = first_step, {}, 0.0
         if rank == 0:
             lines = file.read_text().splitlines(keepends=True) if first_step else []
-            lines = [
-                line for line in lines if line.endswith("\n")
-            ]  # a killed run leaves half of one
+            # a killed run leaves half a line
+            lines = [line for line in lines if line.endswith("\n")]
             write(file, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
 
     def say(self, text):
@@ -635,13 +624,14 @@ def train(args, device, rank, world):
         )
 
     def evaluate(step):
+        if not collections:
+            return
         searcher = Retriever(whole(retriever, device), tokenizer)
         runs = {name: dense_run(searcher, c) for name, c in collections.items()}
         ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
-        if ndcg:
-            log.record({"step": step, "ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg})
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items())
-            log.say(f"step {step}: nDCG@10 {shown}")
+        log.record({"step": step, "ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items())
+        log.say(f"step {step}: nDCG@10 {shown}")
         if toy and rank == 0 and step in (0, total):
             show(runs["world"], collections["world"])
 
@@ -673,7 +663,7 @@ def train(args, device, rank, world):
         if stop and not last:
             log.say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
             return STOPPED
-    save_models(revela, out, args, device, rank)
+    save_models(revela, out, args, rank)
     log.say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
     return 0
 
