@@ -37,6 +37,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from data import (
     PREFIX,
@@ -50,7 +51,7 @@ from data import (
     write,
 )
 from model import check, merge_lora, save_model
-from revela import Retriever
+from revela import POOLING, Retriever
 
 # --------------------------------------------------------------------------------------------------
 # measures
@@ -329,22 +330,21 @@ def read_max_len(folder):
     """The length that `write_encoding` left in `folder`; else 512, the published evaluation's."""
     file = find(folder) / "sentence_bert_config.json"
     length = (read_json(file) if file.exists() else {}).get("max_seq_length")
-    length = 512 if length is None else length
+    if length is None:
+        return 512
     check(f"{file}: max_seq_length", length, 2, 2**20, int)
-    return length
-
-
-MODULES = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    return length + (find(folder) / POOLING).exists()  # an EOS, which the export does not read
 
 
 def export(retriever, folder, max_len=512):
     """Write a Hugging Face checkpoint that `SentenceTransformer(folder)` encodes with as we do.
 
-    The tokenizer appends the EOS itself. Merges LoRA into the retriever's weights.
+    The tokenizer appends the EOS itself, or with mean pooling, which does not count it, leaves it
+    out. A Dense layer standardises. Merges LoRA into the retriever's weights.
     """
     if retriever.tokenizer is None:
         raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which --export needs")
-    folder, ours = Path(folder), retriever.tokenizer
+    folder, ours, mean = Path(folder), retriever.tokenizer, retriever.pooling == "mean"
     around = [ours.tokenizer.id_to_token(i) for i in (*ours.start, ours.eos_id)]
     if None in around:
         raise ValueError(f"{ours.file} has no token {ours.eos_id}, the EOS, which --export needs")
@@ -352,24 +352,35 @@ def export(retriever, folder, max_len=512):
     save_model(retriever.llama, folder)
     tokenizer = tokenizers.Tokenizer.from_str(ours.tokenizer.to_str())
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[*around[:-1], "$A", around[-1]],
+        single=[*around[:-1], "$A"] + ([] if mean else [around[-1]]),
         special_tokens=[(token, ours.tokenizer.token_to_id(token)) for token in set(around)],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
+    kinds = ["Transformer", "Pooling"] + ["Dense"] * mean + ["Normalize"]
+    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds[1:], 1))]
+    for path in paths[1:]:
+        (folder / path).mkdir()
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(MODULES)
+        for i, (kind, path) in enumerate(zip(kinds, paths))
     ]
-    pooling = {"word_embedding_dimension": retriever.llama.config.hidden_size}
-    pooling |= {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+    size = retriever.llama.config.hidden_size
+    pooling = {"pooling_mode_lasttoken": not mean, "pooling_mode_mean_tokens": mean}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_len}
     config |= {"eos_token": around[-1], "pad_token": around[-1], "padding_side": "right"}
     config |= {"clean_up_tokenization_spaces": False}
-    (folder / "1_Pooling").mkdir()
-    write_json(folder / "1_Pooling/config.json", pooling)
+    write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": size} | pooling)
+    if mean:
+        dense = {"in_features": size, "out_features": size, "bias": True}
+        dense["activation_function"] = "torch.nn.modules.linear.Identity"
+        write_json(folder / "2_Dense/config.json", dense)
+        center, scale = retriever.mean.cpu(), 1 / retriever.std.cpu()
+        layer = {"linear.weight": scale.diag(), "linear.bias": -center * scale}
+        save_file(layer, folder / "2_Dense/model.safetensors")
     write_json(folder / "modules.json", modules)
     write_json(folder / "tokenizer_config.json", config)
-    write_encoding(folder, max_len)
+    retriever.save_pooling(folder)
+    write_encoding(folder, max_len - mean)
 
 
 def mteb_results(folder, tasks):

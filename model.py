@@ -204,7 +204,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read(q): what is added to the causal attention [N, H, T, d] before `o_proj`.
+        read(out, q): what goes to `o_proj` instead of the causal attention `out`, [N, H, T, d] all.
         kv_only: leave x as it is; only keys and values are wanted.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -212,7 +212,7 @@ class Block(nn.Module):
             return x, k, v
         out = causal_attention(q, k, v)  # [N, H, T, d]
         if read is not None:
-            out = out + read(q)
+            out = read(out, q)
         x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, k, v

@@ -35,20 +35,32 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import PREFIX, existing, find, new, out_of_memory, read_json, reading
+from data import PREFIX, existing, find, new, out_of_memory, read_json, read_safetensors, reading
 from model import LIMITS, Llama, check, in_batch_attention_fast, in_batch_plan, load_adapter, rope
+
+POOLING = "pooling.safetensors"  # beside an adapter or a model: what standardises its vectors
 
 
 class Retriever(nn.Module):
-    """A decoder whose hidden state at the last token, at length one, is a text's embedding."""
+    """A decoder whose hidden states make a text's embedding, a vector of length one.
 
-    def __init__(self, llama, tokenizer=None):
+    Pooling "eos", as published, takes the state at the EOS. "mean" takes the mean of all states
+    before it, prefix included, with each coordinate standardised by `mean` and `std` [D]: those of
+    training passages before the first update. It ranks well before any training.
+    """
+
+    def __init__(self, llama, tokenizer=None, pooling="eos"):
         super().__init__()
-        self.llama, self.tokenizer = llama, tokenizer
+        self.llama, self.tokenizer, self.pooling = llama, tokenizer, pooling
+        size, device = llama.config.hidden_size, llama.embed_tokens.weight.device
+        standardised = pooling == "mean"  # with 0 and 1 until `standardise` or `load` was here
+        self.register_buffer("mean", torch.zeros(size, device=device) if standardised else None)
+        self.register_buffer("std", torch.ones(size, device=device) if standardised else None)
 
     @classmethod
     def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
@@ -60,15 +72,56 @@ class Retriever(nn.Module):
         if adapter:
             load_adapter(llama, adapter)
         has_tokenizer = (find(base) / "tokenizer.json").exists()
-        return cls(llama, Tokenizer(base) if has_tokenizer else None)
+        folder = find(adapter or base)
+        pooling = "mean" if (folder / POOLING).exists() else "eos"
+        retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
+        retriever.load_pooling(folder)
+        return retriever
 
     def forward(self, ids, mask):
-        """ids, mask [..., T], right padded -> unit vectors [..., D] float32: the last real token's
-        hidden state."""
-        hidden = self.llama(ids.flatten(0, -2))  # [N, T, D]
-        last = mask.flatten(0, -2).sum(-1) - 1  # [N]
-        hidden = hidden[torch.arange(len(last), device=last.device), last]  # [N, D]
-        return F.normalize(hidden.float(), dim=-1).view(*ids.shape[:-1], -1)
+        """ids, mask [..., T], right padded, EOS last -> unit vectors [..., D] float32."""
+        x = self.pool(ids.flatten(0, -2), mask.flatten(0, -2))  # [N, D]
+        if self.pooling == "mean":
+            x = (x - self.mean) / self.std
+        return F.normalize(x, dim=-1).view(*ids.shape[:-1], -1)
+
+    def pool(self, ids, mask):
+        """ids, mask [N, T] -> one vector of each text [N, D] float32, before standardisation."""
+        hidden = self.llama(ids)  # [N, T, D]
+        eos = mask.sum(-1) - 1  # [N]
+        if self.pooling == "eos":
+            return hidden[torch.arange(len(eos), device=eos.device), eos].float()
+        text = torch.arange(ids.shape[1], device=ids.device) < eos[:, None]  # [N, T]
+        return (hidden.float() * text[..., None]).sum(1) / eos[:, None]
+
+    @torch.no_grad()
+    def standardise(self, batches):
+        """Let `mean` and `std` be those of the passages of `batches`."""
+        pairs = [(batch["passage_ids"], batch["passage_mask"]) for batch in batches]
+        x = torch.cat([self.pool(i.flatten(0, 1), m.flatten(0, 1)) for i, m in pairs])  # [P, D]
+        self.std, self.mean = torch.std_mean(x, dim=0)
+
+    def load_pooling(self, folder):
+        """Read `mean` and `std` if `folder` has them, and return whether it has.
+
+        Raises ValueError if they do not fit.
+        """
+        file = folder / POOLING
+        if not file.exists():
+            return False
+        if self.pooling != "mean":
+            raise ValueError(f"{file}: its retriever pools by --pooling mean, not {self.pooling}")
+        with reading(file, "does not fit the model"):
+            found = self.load_state_dict(read_safetensors(file), strict=False)
+        bad = found.unexpected_keys or {"mean", "std"} & set(found.missing_keys)
+        if bad or not (self.mean.isfinite() & self.std.isfinite() & (self.std > 0)).all():
+            raise ValueError(f"{file}: need mean and std alone, finite, std above 0")
+        return True
+
+    def save_pooling(self, folder):
+        """Write `mean` and `std`, if there are."""
+        if self.pooling == "mean":
+            save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, folder / POOLING)
 
     def encode(self, texts, kind="passage", **options):
         """Texts -> unit vectors, float32 [N, D] on the CPU. See `encode` below."""
@@ -86,14 +139,15 @@ class Revela(nn.Module):
     v_norm             see `model.in_batch_attention`
     inbatch_scale      factor on what passages read from each other; 1 as published
     dual_loss          add the context stream's own next-token loss
+    convex, start      see `two_streams`
     """
 
     def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, inbatch_scale=1.0,
-                 dual_loss=False):  # fmt: skip
+                 dual_loss=False, convex=False, start=0.0):  # fmt: skip
         super().__init__()
         self.retriever, self.lm = retriever, lm
-        self.attn_temperature, self.v_norm = attn_temperature, v_norm
-        self.inbatch_scale, self.dual_loss = inbatch_scale, dual_loss
+        self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
+        self.streams = {"v_norm": v_norm, "scale": inbatch_scale, "convex": convex, "start": start}
         self.stats = {}  # of the last forward; tensors without gradient
 
     def forward(self, batch):
@@ -101,7 +155,7 @@ class Revela(nn.Module):
         q, p = self.embed(batch)
         w = in_batch_weights(q, p, self.attn_temperature)
         ids, mask = batch["lm_ids"], batch["lm_mask"]
-        hidden = two_streams(self.lm, ids, mask, w, self.v_norm, self.inbatch_scale)
+        hidden = two_streams(self.lm, ids, mask, w, **self.streams)
         loss = self.cross_entropy(hidden, batch)
         self.stats = observe(loss, w, p)
         if self.dual_loss:
@@ -119,6 +173,21 @@ class Revela(nn.Module):
     def weights(self, batch):
         """w [G, B, B] of a batch."""
         return in_batch_weights(*self.embed(batch), self.attn_temperature)
+
+    @torch.no_grad()
+    def diagnose(self, batch):
+        """What are the weights worth? The loss with them, with uniform ones, and of passages alone.
+
+        Returns {name: scalar tensor}, and the weights [G, B, B].
+        """
+        ids, mask, w = batch["lm_ids"], batch["lm_mask"], self.weights(batch)
+        uniform = in_batch_weights(q := torch.zeros_like(w), q, 1.0)
+        hidden = {
+            "retriever": two_streams(self.lm, ids, mask, w, **self.streams),
+            "uniform": two_streams(self.lm, ids, mask, uniform, **self.streams),
+            "alone": self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]),
+        }
+        return {name: self.cross_entropy(h, batch) for name, h in hidden.items()}, w
 
     def targets(self, batch):
         """[G, B, T-1] bool: the tokens, from the second on, that are predicted.
@@ -173,28 +242,33 @@ NEGLIGIBLE = 1e-8
 SCORES = 2**24  # attention scores that exist at once, for all heads: they fit into a CPU's cache
 
 
-def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0):
+def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, start=0.0):
     """Run a batch through the language model twice: passages alone, and reading each other.
 
     The context stream never sees another passage, so nothing of D_i comes back to D_i.
 
     ids, mask [G, B, T], weights [G, B, B] -> hidden states of the in-batch stream [G, B, T, D]
+    convex   causal_attention and what is read weigh 1 - scale and scale, instead of 1 and scale
+    start    share of the blocks, from the first on, in which passages do not read each other
     """
     G, B, T = ids.shape
     cos, sin = rope(lm.config, T, ids.device)
     weights = weights.masked_fill(torch.eye(B, dtype=torch.bool, device=ids.device), 0)
     plan = in_batch_plan(weights, NEGLIGIBLE, SCORES // (lm.config.num_attention_heads * T * T))
 
-    def others(q, k, v):  # in_batch_attention, but for what is negligible
+    def add_others(own, q, k, v):  # in_batch_attention, but for what is negligible
         q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [N, H, T, d] -> [G, B, H, T, d]
         read = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
-        return scale * read.flatten(0, 1)
+        return ((1 - scale) * own if convex else own) + scale * read.flatten(0, 1)
 
-    context = stream = lm.embed(ids.flatten(0, 1))  # [N, T, D]
-    for block in lm.layers:
+    x, first = lm.embed(ids.flatten(0, 1)), int(start * len(lm.layers))  # x [N, T, D]
+    for block in lm.layers[:first]:  # both streams are the same numbers
+        x, _, _ = block(x, cos, sin)
+    context = stream = x
+    for block in lm.layers[first:]:
         last = block is lm.layers[-1]  # of which the context stream needs keys and values alone
         context, k, v = block(context, cos, sin, kv_only=last)
-        stream, _, _ = block(stream, cos, sin, read=partial(others, k=k, v=v))
+        stream, _, _ = block(stream, cos, sin, read=partial(add_others, k=k, v=v))
     return lm.norm(stream).unflatten(0, (G, B))
 
 

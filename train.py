@@ -38,7 +38,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)  # fmt: skip
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -82,7 +87,15 @@ FLAGS = {
     "objective": (("revela", "replug", "contrastive"), "the others are to compare with"),
     "attn_temperature": (1e-4, "tau of the softmax over similarities", 1e-9),
     "lm_temperature": (0.1, "replug: beta of the softmax over likelihoods", 1e-9),
+    "pooling": (("eos", "mean"), "a text's vector: state at the EOS, or standardised mean of all"),
     "inbatch_scale": (1.0, "factor on what passages read from each other"),
+    "inbatch_form": (("sum", "convex"), "convex: a passage's own reading weighs 1 - inbatch_scale"),
+    "inbatch_start": (
+        0.0,
+        "share of the language model's blocks that come before any reading",
+        0,
+        1,
+    ),
     "no_inbatch": (False, "the control: plain language modelling"),
     "v_norm": (True, "divide what is read by the mean length of its values"),
     "first_half": (True, "the query of a passage is its first half, not all of it"),
@@ -118,7 +131,13 @@ FLAGS = {
     "save_steps": (500, "updates between checkpoints; 0, -1: only the last", -1),
     "eval_every": (0, "updates between evaluations; 0, -1: only before and after", -1),
     "eval_data": ([], "test collections to evaluate on, folders in BEIR layout"),
+    "heldout_groups": (
+        0,
+        "last groups of --data, not trained on: what are the weights worth there?",
+    ),
 }
+STANDARD = 25  # groups from whose passages a retriever's mean and deviation are taken
+
 # Teaches a small model within minutes: what passages read from each other comes at a tenth of its
 # size, so that it does not wreck the language model, and weights are no longer one-hot.
 SMALL = dict(
@@ -188,8 +207,10 @@ def build_objective(args, retriever, lm):
         return Replug(retriever, lm, args.attn_temperature, args.lm_temperature)
     if args.objective == "contrastive":
         return Contrastive(retriever, lm, args.attn_temperature)
-    method = args.attn_temperature, args.v_norm, args.inbatch_scale, args.dual_loss
-    return Revela(retriever, lm, *method)
+    return Revela(
+        retriever, lm, args.attn_temperature, args.v_norm, args.inbatch_scale, args.dual_loss,
+        args.inbatch_form == "convex", args.inbatch_start,
+    )  # fmt: skip
 
 
 def recompute_activations(llama, how):
@@ -218,7 +239,8 @@ def shard(revela, device, dtype):
     policy = MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*revela.retriever.llama.layers, *revela.lm.layers]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(revela, mesh=mesh, mp_policy=policy)
+    fully_shard(revela, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(revela, "diagnose")
 
 
 def full(t):
@@ -348,7 +370,8 @@ def save_models(revela, folder, args, rank):
             if not llama.lora and (find(bases[name]) / file).exists():
                 shutil.copyfile(find(bases[name]) / file, folder / name / file)
     if rank == 0:
-        write_encoding(folder / "retriever")
+        revela.retriever.save_pooling(folder / "retriever")
+        write_encoding(folder / "retriever", 512 - (args.pooling == "mean"))
 
 
 def save_checkpoint(folder, step, revela, optimizer, identity, rank):
@@ -576,8 +599,9 @@ def train(args, device, rank, world):
             torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
             block.compile()
     tokenizer, lm_tokenizer = Tokenizer(args.model), Tokenizer(args.lm or args.model)
-    revela = build_objective(args, Retriever(retriever, tokenizer), lm)
-    model = revela
+    searcher = Retriever(retriever, tokenizer, args.pooling)
+    standardised = searcher.load_pooling(find(args.retriever_adapter or args.model))
+    model = revela = build_objective(args, searcher, lm)
     if fsdp:
         shard(revela, device, dtype)
     elif world > 1:
@@ -588,14 +612,17 @@ def train(args, device, rank, world):
 
     # -- data, and where it goes on
     groups = Groups(args.data, args.train_group_size)
+    n_groups = len(groups) - args.heldout_groups
+    if n_groups <= 0:
+        raise ValueError(f"--heldout_groups {args.heldout_groups}: --data has {len(groups)} groups")
     collections = read_collections(args.eval_data)
     total = args.max_steps
     if total <= 0:
-        total = math.ceil(args.num_train_epochs * len(groups) / per_update)
+        total = math.ceil(args.num_train_epochs * n_groups / per_update)
     identity = identify(args, groups, per_update, retriever, lm)
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = partial(
-        group_order, len(groups), args.seed,
+        group_order, n_groups, args.seed,
         rank=rank, world=world, accumulation=accumulation, groups=args.groups_per_device,
     )  # fmt: skip
     to_batch = partial(
@@ -615,7 +642,7 @@ def train(args, device, rank, world):
     log.say(
         f"recipe {args.recipe}: {total} updates of {world} processes x {accumulation} "
         f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
-        f"{total * per_update / len(groups):.2f} epochs of {len(groups):,} groups; "
+        f"{total * per_update / n_groups:.2f} epochs of {n_groups:,} groups; "
         f"{sum(p.numel() for p in trained):,} trained parameters; {args.dtype} on {device}"
     )
     if args.warmup_steps >= total:
@@ -623,19 +650,41 @@ def train(args, device, rank, world):
             f"--warmup_steps {args.warmup_steps}: the run ends before --learning_rate is reached"
         )
 
+    def batch_of(i):
+        return {name: tensor.to(device) for name, tensor in to_batch([groups[i]]).items()}
+
+    def whole_searcher():
+        copy = Retriever(whole(retriever, device), tokenizer, args.pooling)
+        copy.mean, copy.std = searcher.mean, searcher.std
+        return copy.eval()
+
     def evaluate(step):
-        if not collections:
-            return
-        searcher = Retriever(whole(retriever, device), tokenizer)
-        runs = {name: dense_run(searcher, c) for name, c in collections.items()}
-        ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
-        log.record({"step": step, "ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg})
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items())
-        log.say(f"step {step}: nDCG@10 {shown}")
-        if toy and rank == 0 and step in (0, total):
-            show(runs["world"], collections["world"])
+        revela.eval()
+        row = {"step": step}
+        if collections:
+            found = whole_searcher()
+            runs = {name: dense_run(found, c) for name, c in collections.items()}
+            ndcg = {n: measure(run, collections[n][2])["ndcg@10"] for n, run in runs.items()}
+            row |= {"ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg}
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items())
+            log.say(f"step {step}: nDCG@10 {shown}")
+            if toy and rank == 0 and step in (0, total):
+                show(runs["world"], collections["world"])
+        if args.heldout_groups:
+            loss, w = heldout_loss(revela, map(batch_of, range(n_groups, len(groups))), autocast)
+            row |= {"heldout_loss": loss, "weights": w}
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in loss.items())
+            log.say(f"step {step}: loss on held-out groups: {shown}")
+        if len(row) > 1:
+            log.record(row)
+        revela.train()
 
     # -- the loop
+    if first_step == 0 and args.pooling == "mean" and not standardised:
+        untrained = whole_searcher()
+        with autocast():
+            untrained.standardise(map(batch_of, range(min(STANDARD, n_groups))))
+        searcher.mean, searcher.std = untrained.mean, untrained.std
     if first_step == 0:
         evaluate(0)
     batches, signals = iter(loader), catch_signals()
@@ -666,6 +715,16 @@ def train(args, device, rank, world):
     save_models(revela, out, args, rank)
     log.say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
     return 0
+
+
+def heldout_loss(revela, batches, autocast):
+    """{name: mean over `batches`} of `diagnose`, and the weights of the first group as lists."""
+    with autocast():
+        found = [revela.diagnose(batch) for batch in batches]
+    losses = {name: [loss[name].item() for loss, _ in found] for name in found[0][0]}
+    return {name: sum(x) / len(x) for name, x in losses.items()}, [
+        [round(x, 4) for x in row] for row in found[0][1][0].tolist()
+    ]
 
 
 def every(n, step):

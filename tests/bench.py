@@ -43,8 +43,12 @@ class Plain(Revela):
             vectors = []
             for name in ("query", "passage"):
                 hidden, _ = self.run(self.retriever.llama, b[name + "_ids"])
-                last = hidden[range(len(hidden)), b[name + "_mask"].sum(1) - 1]
-                vectors.append(F.normalize(last.float(), dim=-1)[None])
+                eos = b[name + "_mask"].sum(1) - 1
+                x = hidden[range(len(hidden)), eos].float()
+                if self.retriever.pooling == "mean":
+                    x = torch.stack([h[:n].float().mean(0) for h, n in zip(hidden, eos)])
+                    x = (x - self.retriever.mean) / self.retriever.std
+                vectors.append(F.normalize(x, dim=-1)[None])
             w = in_batch_weights(*vectors, self.attn_temperature)[0]
             _, context = self.run(self.lm, b["lm_ids"])
             hidden, _ = self.run(self.lm, b["lm_ids"], b["lm_mask"], context, w)
@@ -63,7 +67,7 @@ class Plain(Revela):
         c, (B, T), kept = llama.config, ids.shape, []
         cos, sin = rope(c, T, ids.device)
         future = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
-        x = llama.embed_tokens(ids)
+        x = llama.embed(ids)
         for number, block in enumerate(llama.layers):
             a, m, n = block.self_attn, block.mlp, block.input_layernorm(x)
             projected = (linear(p, n) for p in (a.q_proj, a.k_proj, a.v_proj))
@@ -73,17 +77,18 @@ class Plain(Revela):
             kept.append((k, v))
             scores = q @ k.transpose(2, 3) / c.head_dim**0.5  # [B, H, T, T]
             out = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
-            if context:
+            if context and number >= int(self.streams["start"] * len(llama.layers)):
                 k, v = context[number]
                 scores = torch.einsum("bhtd,chud->bchtu", q, k) / c.head_dim**0.5
                 scores = scores.masked_fill(~mask[None, :, None, None, :], -torch.inf)
                 p = scores.softmax(-1).to(v.dtype)  # [B, B, H, T, T]
                 read = torch.einsum("bchtu,chud->bchtd", p, v)
-                if self.v_norm:
+                if self.streams["v_norm"]:
                     lengths = torch.einsum("bchtu,chu->bcht", p, v.norm(dim=-1))
                     read = read / (lengths[..., None] + 1e-6)
                 read = torch.einsum("bc,bchtd->bhtd", w.to(read.dtype), read)
-                out = out + self.inbatch_scale * read
+                scale = self.streams["scale"]
+                out = (1 - scale if self.streams["convex"] else 1) * out + scale * read
             x = x + linear(a.o_proj, out.transpose(1, 2).flatten(2).to(x.dtype))
             n = block.post_attention_layernorm(x)
             x = x + linear(m.down_proj, F.silu(linear(m.gate_proj, n)) * linear(m.up_proj, n))
@@ -108,8 +113,9 @@ def build(model, *flags):
         for block in llama.layers if args.compile else ():
             torch._dynamo.config.recompile_limit = 64
             block.compile()
-    ours = train.build_objective(args, Retriever(retriever), lm)
-    plain = Plain(ours.retriever, lm, args.attn_temperature, args.v_norm, args.inbatch_scale)
+    ours = train.build_objective(args, Retriever(retriever, pooling=args.pooling), lm)
+    plain = Plain(ours.retriever, lm, args.attn_temperature)
+    plain.streams = ours.streams
     (G, B), T, batch = (args.groups_per_device, args.train_group_size), args.passage_max_len, {}
     lengths = [T, *torch.randint(T // 2, T + 1, (G * B - 1,)).tolist()]
     for name, share in (("query", 1 + args.first_half), ("passage", 1), ("lm", 1)):
@@ -120,14 +126,17 @@ def build(model, *flags):
 
 
 def compare(model):
-    """{tau: relative errors of loss, retriever's and language model's gradients}, at small size."""
+    """{flags: relative errors of loss, retriever's and language model's gradients}, small."""
     flags = "--recipe published --device cpu --dtype float32 --lora_r 8 --lora_dropout 0"
-    flags += " --groups_per_device 2 --train_group_size 4 --passage_max_len 24 --attn_temperature"
-    errors = {}
-    for tau in ("1e-4", "0.05"):
-        _, _, ours, plain, batch = build(model, *flags.split(), tau)
+    flags += " --groups_per_device 2 --train_group_size 4 --passage_max_len 24 "
+    errors, small = {}, "--attn_temperature 0.2 --pooling mean --inbatch_form convex "
+    small += "--inbatch_scale 0.3 --inbatch_start 0.5"
+    for more in ("--attn_temperature 1e-4", "--attn_temperature 0.05", small):
+        _, _, ours, plain, batch = build(model, *(flags + more).split())
         for name, p in ours.named_parameters():
             torch.nn.init.normal_(p, std=0.02) if "lora_B" in name else None
+        if ours.retriever.pooling == "mean":
+            ours.retriever.standardise([batch])
         parts = [[p for p in m.parameters() if p.requires_grad] for m in (ours.retriever, ours.lm)]
         results = []
         for loss in (ours(batch), plain(batch)):
@@ -135,7 +144,7 @@ def compare(model):
             flat = [torch.cat([g.flatten() for g in part]) for part in gradients]
             results.append([loss.detach(), *flat])
         pairs = list(zip(*results))
-        errors[tau] = [float((x - y).abs().max() / (y.abs().max() + 1e-30)) for x, y in pairs]
+        errors[more] = [float((x - y).abs().max() / (y.abs().max() + 1e-30)) for x, y in pairs]
     return errors
 
 

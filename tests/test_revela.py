@@ -178,8 +178,8 @@ def test_recomputing_activations_changes_nothing(tmp_path, how):
 
 def test_the_benchmark_compares_like_with_like():
     """What bench.py times beside ours is the same function: with one-hot weights, and without."""
-    for tau, errors in bench.compare(Path(__file__).parent / "golden/families/SmolLM2").items():
-        assert max(errors) < 1e-5, (tau, errors)
+    for flags, errors in bench.compare(Path(__file__).parent / "golden/families/SmolLM2").items():
+        assert max(errors) < 1e-5, (flags, errors)
 
 
 def test_encode_is_the_same_alone_and_in_any_batch(tmp_path):
