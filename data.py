@@ -173,6 +173,38 @@ def group_by_document(documents, size, run_length, seed=0):
             group = []
 
 
+def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest=60):
+    """Return groups of `size` passages: a run from each of size / run_length documents alike.
+
+    A run is `run_length` consecutive passages; what is left of a document is not used. The first
+    document of a group is drawn at random, and the others are the nearest to it, by BM25 with all
+    of its words, that still have a run: among its `nearest`, and in its `block` of documents, so
+    that the time grows linearly.
+    """
+    from eval import BM25  # here, since eval imports this file
+
+    rng, groups = random.Random(seed), []
+    documents = [doc for doc in documents if len(doc) >= run_length]
+    rng.shuffle(documents)
+    for first in range(0, len(documents), block):
+        part = documents[first : first + block]
+        runs = [list(zip(*[iter(doc)] * run_length)) for doc in part]
+        texts = [" ".join(doc) for doc in part]
+        index = BM25(texts)
+        near = [np.argsort(-index.scores(text), kind="stable")[: nearest + 1] for text in texts]
+        before = -1
+        while before < len(groups):
+            before = len(groups)
+            for i in rng.sample(range(len(part)), len(part)):
+                alike = [i] + [j for j in near[i].tolist() if j != i and runs[j]]
+                alike = alike[: size // run_length]
+                if runs[i] and len(alike) == size // run_length:
+                    drawn = [runs[j].pop(rng.randrange(len(runs[j]))) for j in alike]
+                    groups.append([passage for run in drawn for passage in run])
+    rng.shuffle(groups)
+    return groups
+
+
 def document_text(doc, where):
     """The text of a document {"text": ...}. Raises ValueError that begins with `where`."""
     if not isinstance(doc, dict) or not isinstance(doc.get("text"), str):
@@ -579,6 +611,7 @@ FLAGS = {
     "out": (None, "JSON-lines file of groups to write; must not exist"),
     "group_size": (16, "passages in a group", 2),
     "run_length": (16, "most consecutive passages of one document in a group", 1),
+    "similar": (False, "a group's documents are alike, by their words"),
     "max_words": (120, "most words in a passage", 1),
     "seed": (0, "order in which documents meet"),
 }
@@ -590,7 +623,11 @@ def main():
     if not args.docs or not args.out:
         raise ValueError("--docs and --out are needed")
     new(args.out)
-    run_length = min(args.run_length, args.group_size)
+    run_length, group = min(args.run_length, args.group_size), group_by_document
+    if args.similar:
+        group = group_by_similarity
+        if args.group_size % run_length or args.group_size == run_length:
+            raise ValueError("with --similar, --run_length must divide --group_size: 4, say")
 
     documents, seen, repeated = [], set(), 0
     for file in args.docs:
@@ -603,8 +640,8 @@ def main():
     groups, partial = 0, Path(f"{args.out}.partial")
     try:
         with open(partial, "w", encoding="utf-8", errors="replace") as out:
-            for group in group_by_document(documents, args.group_size, run_length, args.seed):
-                out.write(json.dumps(group, ensure_ascii=False) + "\n")
+            for texts in group(documents, args.group_size, run_length, args.seed):
+                out.write(json.dumps(texts, ensure_ascii=False) + "\n")
                 groups += 1
         if not groups:
             raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")

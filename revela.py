@@ -99,7 +99,8 @@ class Retriever(nn.Module):
         """Let `mean` and `std` be those of the passages of `batches`."""
         pairs = [(batch["passage_ids"], batch["passage_mask"]) for batch in batches]
         x = torch.cat([self.pool(i.flatten(0, 1), m.flatten(0, 1)) for i, m in pairs])  # [P, D]
-        self.std, self.mean = torch.std_mean(x, dim=0)
+        self.std.copy_(x.std(0))
+        self.mean.copy_(x.mean(0))
 
     def load_pooling(self, folder):
         """Read `mean` and `std` if `folder` has them, and return whether it has.

@@ -138,12 +138,13 @@ FLAGS = {
 }
 STANDARD = 25  # groups from whose passages a retriever's mean and deviation are taken
 
-# Teaches a small model within minutes: what passages read from each other comes at a tenth of its
-# size, so that it does not wreck the language model, and weights are no longer one-hot.
+# Teaches a small model within minutes. It starts from a vector that ranks well, the weights are not
+# one-hot, and what passages read from each other does not wreck the language model.
 SMALL = dict(
-    attn_temperature=0.02, inbatch_scale=0.1, v_norm=False, passage_max_len=64,
-    lora_r=32, lora_dropout=0.0, learning_rate=6e-4, warmup_steps=10, max_steps=60,
-    gradient_accumulation_steps=1, out="runs/small", logging_steps=5,
+    attn_temperature=0.1, pooling="mean", inbatch_form="convex", inbatch_scale=0.25,
+    inbatch_start=0.5, v_norm=False, passage_max_len=64, lora_r=32, lora_dropout=0.0,
+    learning_rate=6e-4, warmup_steps=10, max_steps=100, gradient_accumulation_steps=1,
+    heldout_groups=8, out="runs/small", logging_steps=5,
 )  # fmt: skip
 # Two tiny models that start at random, and are trained whole: hence the large learning rate.
 TOY = dict(
@@ -264,6 +265,13 @@ def whole(llama, device, only=""):
     copy.load_state_dict(weights, strict=False, assign=True)
     copy.path = llama.path
     return copy
+
+
+def whole_retriever(retriever, device):
+    """`retriever`, whole, for what wants no gradient; `mean` and `std` are shared. Collective."""
+    copy = Retriever(whole(retriever.llama, device), retriever.tokenizer, retriever.pooling)
+    copy.mean, copy.std = retriever.mean, retriever.std
+    return copy.eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,6 +487,15 @@ class Log:
             with open(self.file, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
+    def evaluation(self, step, row):
+        """Record and print what `evaluate` found, if anything."""
+        if row:
+            self.record({"step": step} | row)
+        for key, what in (("per_data", "nDCG@10"), ("heldout_loss", "held-out loss")):
+            if key in row:
+                shown = ", ".join(f"{name} {value:.4f}" for name, value in row[key].items())
+                self.say(f"step {step}: {what} {shown}")
+
     def add(self, stats, seconds):
         """Take in the statistics of an update."""
         self.seconds += seconds
@@ -579,16 +596,9 @@ def make_world(folder, args, rank, world):
 # --------------------------------------------------------------------------------------------------
 
 
-def train(args, device, rank, world):
-    """Train as `args` say. Returns the exit code."""
-    out, dtype, gpu = Path(args.out), getattr(torch, args.dtype), device.type == "cuda"
-    if toy := args.data is None:
-        make_world(out / "world", args, rank, world)
-    accumulation = args.gradient_accumulation_steps
-    accumulation = accumulation or max(1, 32 // (world * args.groups_per_device))
-    per_update = world * accumulation * args.groups_per_device
-
-    # -- models, objective, optimizer
+def prepare(args, device, world):
+    """The objective, itself or in DDP's or FSDP's hands, and its optimizer; both new."""
+    dtype, gpu = getattr(torch, args.dtype), device.type == "cuda"
     fsdp = args.strategy == "fsdp" and world > 1
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
@@ -598,95 +608,110 @@ def train(args, device, rank, world):
         for block in llama.layers if args.compile else ():
             torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
             block.compile()
-    tokenizer, lm_tokenizer = Tokenizer(args.model), Tokenizer(args.lm or args.model)
-    searcher = Retriever(retriever, tokenizer, args.pooling)
-    standardised = searcher.load_pooling(find(args.retriever_adapter or args.model))
-    model = revela = build_objective(args, searcher, lm)
+    retriever = Retriever(retriever, Tokenizer(args.model), args.pooling)
+    model = build_objective(args, retriever, lm)
     if fsdp:
-        shard(revela, device, dtype)
-    elif world > 1:
-        model = DistributedDataParallel(revela, device_ids=[device] if gpu else None)
-    trained = [p for p in revela.parameters() if p.requires_grad]
+        shard(model, device, dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=gpu)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if world > 1 and not fsdp:
+        model = DistributedDataParallel(model, device_ids=[device] if gpu else None)
+    return model, optimizer
+
+
+def evaluate(revela, collections, heldout, autocast, device):
+    """What is recorded of an evaluation, and the runs on `collections`. Collective.
+
+    heldout: batches of groups that are not trained on, for `Revela.diagnose`; the weights of the
+    first group are recorded, too.
+    """
+    row, runs = {}, {}
+    revela.eval()
+    if collections:
+        retriever = whole_retriever(revela.retriever, device)
+        runs = {name: dense_run(retriever, c) for name, c in collections.items()}
+        ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
+        row |= {"ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg}
+    if heldout:
+        with autocast():
+            losses, weights = zip(*(revela.diagnose(batch) for batch in heldout))
+        sums = {name: sum(loss[name].item() for loss in losses) for name in losses[0]}
+        row["heldout_loss"] = {name: total / len(heldout) for name, total in sums.items()}
+        row["weights"] = [[round(w, 4) for w in w_i] for w_i in weights[0][0].tolist()]  # [B, B]
+    revela.train()
+    return row, runs
+
+
+def train(args, device, rank, world):
+    """Train as `args` say. Returns the exit code."""
+    out, gpu = Path(args.out), device.type == "cuda"
+    if toy := args.data is None:
+        make_world(out / "world", args, rank, world)
+    model, optimizer = prepare(args, device, world)
+    revela = getattr(model, "module", model)
+    autocast = partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"
+    )
 
     # -- data, and where it goes on
     groups = Groups(args.data, args.train_group_size)
+    collections = read_collections(args.eval_data)
     n_groups = len(groups) - args.heldout_groups
     if n_groups <= 0:
         raise ValueError(f"--heldout_groups {args.heldout_groups}: --data has {len(groups)} groups")
-    collections = read_collections(args.eval_data)
+    accumulation = args.gradient_accumulation_steps
+    accumulation = accumulation or max(1, 32 // (world * args.groups_per_device))
+    per_update = world * accumulation * args.groups_per_device
     total = args.max_steps
     if total <= 0:
         total = math.ceil(args.num_train_epochs * n_groups / per_update)
-    identity = identify(args, groups, per_update, retriever, lm)
+    identity = identify(args, groups, per_update, revela.retriever.llama, revela.lm)
+    known = revela.retriever.load_pooling(find(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = partial(
         group_order, n_groups, args.seed,
         rank=rank, world=world, accumulation=accumulation, groups=args.groups_per_device,
     )  # fmt: skip
     to_batch = partial(
-        collate, tokenizer=tokenizer, lm_tokenizer=lm_tokenizer,
-        passage_max_len=args.passage_max_len, first_half=args.first_half,
-        apart=args.objective == "contrastive",
+        collate, tokenizer=revela.retriever.tokenizer,
+        lm_tokenizer=Tokenizer(args.lm or args.model), passage_max_len=args.passage_max_len,
+        first_half=args.first_half, apart=args.objective == "contrastive",
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(
         groups, batch_sampler=order(first=first_step, last=total), collate_fn=to_batch,
         num_workers=2 * gpu if args.num_workers < 0 else args.num_workers, pin_memory=gpu,
         generator=torch.Generator(),  # its own, so that the one behind dropout is left alone
     )  # fmt: skip
-    if rank == 0:
-        config = vars(args) | {"made_by": made_by()}
-        write(out / "config.json", json.dumps(config, indent=1) + "\n")
     log = Log(out / "metrics.jsonl", first_step, device, rank, world)
+    if rank == 0:
+        write(out / "config.json", json.dumps(vars(args) | {"made_by": made_by()}, indent=1) + "\n")
     log.say(
         f"recipe {args.recipe}: {total} updates of {world} processes x {accumulation} "
         f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
         f"{total * per_update / n_groups:.2f} epochs of {n_groups:,} groups; "
-        f"{sum(p.numel() for p in trained):,} trained parameters; {args.dtype} on {device}"
+        f"{sum(p.numel() for p in revela.parameters() if p.requires_grad):,} trained parameters; "
+        f"{args.dtype} on {device}"
     )
     if args.warmup_steps >= total:
-        log.say(
-            f"--warmup_steps {args.warmup_steps}: the run ends before --learning_rate is reached"
-        )
+        log.say(f"--warmup_steps {args.warmup_steps}: the run ends before its learning rate's peak")
 
     def batch_of(i):
         return {name: tensor.to(device) for name, tensor in to_batch([groups[i]]).items()}
 
-    def whole_searcher():
-        copy = Retriever(whole(retriever, device), tokenizer, args.pooling)
-        copy.mean, copy.std = searcher.mean, searcher.std
-        return copy.eval()
-
-    def evaluate(step):
-        revela.eval()
-        row = {"step": step}
-        if collections:
-            found = whole_searcher()
-            runs = {name: dense_run(found, c) for name, c in collections.items()}
-            ndcg = {n: measure(run, collections[n][2])["ndcg@10"] for n, run in runs.items()}
-            row |= {"ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg}
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items())
-            log.say(f"step {step}: nDCG@10 {shown}")
-            if toy and rank == 0 and step in (0, total):
-                show(runs["world"], collections["world"])
-        if args.heldout_groups:
-            loss, w = heldout_loss(revela, map(batch_of, range(n_groups, len(groups))), autocast)
-            row |= {"heldout_loss": loss, "weights": w}
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in loss.items())
-            log.say(f"step {step}: loss on held-out groups: {shown}")
-        if len(row) > 1:
-            log.record(row)
-        revela.train()
+    def report(step):
+        row, runs = evaluate(revela, collections, heldout, autocast, device)
+        log.evaluation(step, row)
+        if toy and rank == 0 and step in (0, total):
+            show(runs["world"], collections["world"])
 
     # -- the loop
-    if first_step == 0 and args.pooling == "mean" and not standardised:
-        untrained = whole_searcher()
+    heldout = [batch_of(i) for i in range(n_groups, len(groups))]
+    if first_step == 0 and args.pooling == "mean" and not known:
         with autocast():
-            untrained.standardise(map(batch_of, range(min(STANDARD, n_groups))))
-        searcher.mean, searcher.std = untrained.mean, untrained.std
+            some = map(batch_of, range(min(STANDARD, n_groups)))
+            whole_retriever(revela.retriever, device).standardise(some)
     if first_step == 0:
-        evaluate(0)
+        report(0)
     batches, signals = iter(loader), catch_signals()
     for step in range(first_step + 1, total + 1):
         began = time.perf_counter()
@@ -708,23 +733,13 @@ def train(args, device, rank, world):
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
             barrier(world)
         if every(args.eval_every, step) or last:
-            evaluate(step)
+            report(step)
         if stop and not last:
             log.say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
             return STOPPED
     save_models(revela, out, args, rank)
     log.say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
     return 0
-
-
-def heldout_loss(revela, batches, autocast):
-    """{name: mean over `batches`} of `diagnose`, and the weights of the first group as lists."""
-    with autocast():
-        found = [revela.diagnose(batch) for batch in batches]
-    losses = {name: [loss[name].item() for loss, _ in found] for name in found[0][0]}
-    return {name: sum(x) / len(x) for name, x in losses.items()}, [
-        [round(x, 4) for x in row] for row in found[0][1][0].tolist()
-    ]
 
 
 def every(n, step):

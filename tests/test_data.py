@@ -12,7 +12,15 @@ import tokenizers
 from conftest import TEXTS, command, edit
 
 import data
-from data import Groups, group_by_document, group_order, read_beir, read_lines, read_passages
+from data import (
+    Groups,
+    group_by_document,
+    group_by_similarity,
+    group_order,
+    read_beir,
+    read_lines,
+    read_passages,
+)
 from revela import Tokenizer, collate, pad
 
 # --------------------------------------------------------------------------------------------------
@@ -216,9 +224,32 @@ def test_long_documents_fill_groups_alone():
     assert sorted(group_by_document([a, b, c], 16, 16)) == [a[:16], a[16:], b]
 
 
+def test_groups_by_similarity_are_runs_of_documents_alike():
+    rng, docs = random.Random(0), []
+    for topic in range(5):  # documents share words with those of their topic alone, but for one
+        words = [f"t{topic}w{i}" for i in range(40)] + ["the"] * 20
+        for _ in range(9):
+            docs.append([" ".join(rng.choices(words, k=15)) for _ in range(rng.randrange(9))])
+    docs = [list(dict.fromkeys(doc)) for doc in docs]
+    place = {p: (d, i) for d, doc in enumerate(docs) for i, p in enumerate(doc)}
+    groups = group_by_similarity(docs, 6, 2, seed=1, nearest=8)
+    used = [p for g in groups for p in g]
+    assert len(groups) > 15 and len(set(used)) == len(used)
+    for group in groups:
+        runs = [[place[p] for p in group[i : i + 2]] for i in (0, 2, 4)]
+        assert all(b == (a[0], a[1] + 1) and a[1] % 2 == 0 for a, b in runs), "whole runs"
+        assert len({run[0][0] for run in runs}) == 3, "of three documents"
+        assert len({run[0][0] // 9 for run in runs}) == 1, "alike"
+    assert groups == group_by_similarity(docs, 6, 2, seed=1, nearest=8)
+    assert groups != group_by_similarity(docs, 6, 2, seed=2, nearest=8)
+    blocks = group_by_similarity(docs, 6, 2, seed=1, block=23)
+    assert 15 < len(blocks) and len({p for g in blocks for p in g}) == 6 * len(blocks)
+
+
 def test_the_command_makes_groups_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
     def run(*docs, **flags):
         options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        options = [option for option in options if option != "True"]
         monkeypatch.setattr(sys, "argv", ["data.py", "--docs", *map(str, docs), *options])
         data.main()
         return [group for _, group in read_lines(flags["out"])], capsys.readouterr().out
@@ -228,6 +259,10 @@ def test_the_command_makes_groups_and_overwrites_nothing(tmp_path, monkeypatch, 
     gz.write_bytes(gzip.compress("".join(json.dumps({"text": d}) + "\n" for d in docs).encode()))
     groups, said = run(gz, out=out, group_size=4, max_words=9, run_length=2)
     assert f"{len(groups)} groups of 4" in said and len(groups) > 3
+    alike, _ = run(
+        gz, out=tmp_path / "s.jsonl", group_size=4, max_words=9, run_length=2, similar=True
+    )
+    assert len(alike) > 3 and {len(group) for group in alike} == {4} and alike != groups
     used = [text for group in groups for text in group]
     assert len(set(used)) == len(used) and all(len(text.split()) <= 9 for text in used)
     before = out.read_bytes()
@@ -239,6 +274,7 @@ def test_the_command_makes_groups_and_overwrites_nothing(tmp_path, monkeypatch, 
         ("bad.jsonl", {}, 'bad.jsonl:2: need an object with a text under "text"'),
         ("docs.jsonl.gz", {"group_size": 999}, "too few for a group of 999"),
         ("docs.jsonl.gz", {"group_size": 1}, "--group_size is 1; need"),
+        ("docs.jsonl.gz", {"similar": True}, "--similar, --run_length must divide --group_size"),
         ("docs.jsonl.gz", {"max_words": 0}, "--max_words is 0; need"),
         ("docs.jsonl.gz", {"out": tmp_path / "no/x.jsonl"}, "no folder .*no; make it first"),
         ("none.jsonl", {}, "none.jsonl does not exist"),
