@@ -451,7 +451,7 @@ def write_toy_world(folder, seed, n_groups=2000, group_size=16, n_test=200):
 # All that is ever read of a model's folder; nothing else is fetched from the hub.
 FILES = """config.json model.safetensors model-*.safetensors model.safetensors.index.json
 tokenizer.json tokenizer_config.json adapter_config.json adapter_model.safetensors
-sentence_bert_config.json pooling.safetensors""".split()
+sentence_bert_config.json pooling.safetensors 1_Pooling/config.json""".split()
 
 
 def find(name):

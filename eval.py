@@ -30,6 +30,7 @@ from array import array
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -327,13 +328,21 @@ def write_encoding(folder, max_len=512):
 
 
 def read_max_len(folder):
-    """The length that `write_encoding` left in `folder`; else 512, the published evaluation's."""
-    file = find(folder) / "sentence_bert_config.json"
-    length = (read_json(file) if file.exists() else {}).get("max_seq_length")
+    """The length that `write_encoding` left in `folder`; else 512, the published evaluation's.
+
+    sentence-transformers keeps it among the tokenizer's values when it saves a folder again.
+    """
+    folder = find(folder)
+    file, name = folder / "sentence_bert_config.json", "max_seq_length"
+    if not file.exists():
+        return 512
+    if name not in read_json(file) and (folder / "tokenizer_config.json").exists():
+        file, name = folder / "tokenizer_config.json", "model_max_length"
+    length = read_json(file).get(name)
     if length is None:
         return 512
-    check(f"{file}: max_seq_length", length, 2, 2**20, int)
-    return length + (find(folder) / POOLING).exists()  # an EOS, which the export does not read
+    check(f"{file}: {name}", length, 2, 2**20, int)
+    return length + (folder / POOLING).exists()  # an EOS, which the export does not read
 
 
 def export(retriever, folder, max_len=512):
@@ -385,11 +394,9 @@ def export(retriever, folder, max_len=512):
 
 def mteb_results(folder, tasks):
     """Let mteb, which fetches the tasks' data, evaluate an export: results as `main` makes them."""
-    try:
-        import mteb
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError("--mteb needs the package mteb: pip install 'mteb>=2'") from None
+    import mteb
+    from sentence_transformers import SentenceTransformer
+
     names = {"ndcg@10": "ndcg_at_10", "mrr@10": "mrr_at_10", "recall@100": "recall_at_100"}
     model, results = SentenceTransformer(str(folder)), []
     for task in mteb.evaluate(model, mteb.get_tasks(tasks=tasks), cache=None).task_results:
@@ -470,6 +477,8 @@ def parse_args(argv=None):
         )
     if args.adapter and not args.model:
         raise ValueError("--adapter needs the --model it belongs to")
+    if args.mteb and not all(map(find_spec, ("mteb", "sentence_transformers"))):
+        raise ValueError("--mteb needs the package mteb: pip install 'mteb>=2'")
     if args.max_len == 1:
         raise ValueError("--max_len is 1; need at least 2, or 0: as the model says")
     new(args.out), new(args.export)

@@ -244,13 +244,22 @@ class Llama(nn.Module):
         config = LlamaConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config, head)
-        tensors = []
+        tensors, tied = [], None
         for name, tensor in read_tensors(folder):
-            # a retriever needs no head, and some files store a tied one again
-            unused = name == "lm_head.weight" and model.lm_head is None
-            if not unused and not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
+            if name == "lm_head.weight" and model.lm_head is None:
+                tied = tensor  # some files store it again; a retriever needs none
+            elif not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
                 tensors.append((name.removeprefix("model."), tensor))
         load_strictly(model, tensors, path, device, dtype)
+        if (
+            head
+            and tied is not None
+            and not model.embed_tokens.weight.equal(tied.to(device, dtype))
+        ):
+            raise ValueError(
+                f"{path}: lm_head.weight is not the embedding; "
+                "set tie_word_embeddings in its config.json to false to use it"
+            )
         model.path = str(path)
         return model
 

@@ -74,6 +74,11 @@ class Retriever(nn.Module):
         has_tokenizer = (find(base) / "tokenizer.json").exists()
         folder = find(adapter or base)
         pooling = "mean" if (folder / POOLING).exists() else "eos"
+        theirs = folder / "1_Pooling/config.json"  # sentence-transformers'
+        config = read_json(theirs) if theirs.exists() else {}
+        modes = [f"{k} {v}" for k, v in config.items() if k.startswith("pooling_mode") and v]
+        if modes and not all(("mean" if pooling == "mean" else "lasttoken") in m for m in modes):
+            raise ValueError(f"{theirs} has {modes}; need lasttoken, or mean with our {POOLING}")
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
         retriever.load_pooling(folder)
         return retriever

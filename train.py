@@ -353,10 +353,11 @@ def explained(step, rank, read):
 # checkpoints
 
 # Arguments that may change when a run is resumed. They change nothing but rounding, and with
-# --groups_per_device the dropout; the content of --data, --model and --lm is compared instead.
-FREE = """data model lm out resume device strategy groups_per_device gradient_accumulation_steps
-activation_checkpointing compile num_workers logging_steps eval_every eval_data
-save_steps""".split()
+# --groups_per_device the dropout; the content of --data, --model and --lm is compared instead, a
+# recipe's values are compared one by one, and an adapter decides no more than the start.
+FREE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
+groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
+eval_every eval_data save_steps""".split()
 TRAINED = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
 
 
@@ -453,6 +454,9 @@ def peak_memory(device):
     """The most memory that this process has held so far, in GB: of the GPU, else of RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "linux":  # where ru_maxrss begins with the parent's
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9  # it is in KiB
     import resource  # here, since Windows lacks it
 
     unit = 1 if sys.platform == "darwin" else 1024

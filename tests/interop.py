@@ -224,7 +224,7 @@ def test_sentence_transformers_encodes_an_export_as_we_do(tmp_path, kind):
     ):
         torch.testing.assert_close(torch.tensor(vectors), truth, rtol=0, atol=1e-4)
     theirs.save(str(tmp_path / "again"))  # a folder as sentence-transformers writes it
-    assert eval.read_max_len(folder) == 64
+    assert eval.read_max_len(folder) == eval.read_max_len(tmp_path / "again") == 64
     for ours in map(Retriever.from_pretrained, (folder, tmp_path / "again")):
         for kind, truth in (("query", query), ("passage", passage)):
             got = ours.encode(texts, kind, max_len=64)

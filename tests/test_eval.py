@@ -391,4 +391,27 @@ def test_an_export_without_what_it_needs_is_refused_before_it_is_written(tiny, t
 def test_without_mteb_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
     with pytest.raises(ValueError, match="pip install 'mteb>=2'"):
-        eval.mteb_results(None, ["SciFact"])
+        eval.parse_args(["--model", "m", "--data", "d", "--mteb", "SciFact"])
+
+
+def test_what_sentence_transformers_saved_is_read_as_it_is_or_refused(tiny):
+    def put(name, **fields):
+        (tiny / name).parent.mkdir(exist_ok=True)
+        (tiny / name).write_text(json.dumps(fields))
+
+    assert eval.read_max_len(tiny) == 512
+    put("sentence_bert_config.json", transformer_task="feature-extraction")  # since version 6
+    put("tokenizer_config.json", eos_token="<eos>", model_max_length=96)
+    assert eval.read_max_len(tiny) == 96
+    put("sentence_bert_config.json", max_seq_length=64)
+    assert eval.read_max_len(tiny) == 64
+    put("1_Pooling/config.json", pooling_mode="lasttoken", include_prompt=True)
+    Retriever.from_pretrained(tiny)
+    for fields in (
+        {"pooling_mode": "mean"},
+        {"pooling_mode_cls_token": True, "pooling_mode_lasttoken": False},
+        {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": True},
+    ):
+        put("1_Pooling/config.json", word_embedding_dimension=32, **fields)
+        with pytest.raises(ValueError, match="1_Pooling/config.json has .* need lasttoken"):
+            Retriever.from_pretrained(tiny)

@@ -346,7 +346,12 @@ def test_a_tied_head_stored_twice_and_stored_rope_are_passed_over(tiny):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tiny / "model.safetensors")
-    Llama.from_pretrained(tiny)
+    Llama.from_pretrained(tiny, torch.bfloat16)
+    tensors["lm_head.weight"][7, 3] += 0.1
+    save_file(tensors, tiny / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
+        Llama.from_pretrained(tiny)
+    Llama.from_pretrained(tiny, head=False)
 
 
 def test_an_untied_head_is_used_and_needed(tmp_path):

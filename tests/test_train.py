@@ -339,8 +339,11 @@ def test_training_starts_from_given_adapters(tmp_path):
     a, b, c = (weights(tmp_path / out) for out in "abc")
     assert all(torch.equal(w, b[name]) for name, w in a.items())
     assert all(torch.equal(w, c[n]) == n.startswith("retriever") for n, w in a.items())
+    (tmp_path / "a/retriever").rename(tmp_path / "moved")
+    moved = f"--retriever_adapter {tmp_path}/moved --learning_rate 0 --resume"
+    train.main(arguments(tmp_path, "c", moved))
     with pytest.raises(ValueError, match="needs --lora_r; or merge it: eval.py --export"):
-        train.main(arguments(tmp_path, "d", retriever, "--lora_r 0"))
+        train.main(arguments(tmp_path, "d", moved, "--lora_r 0"))
 
 
 def test_bfloat16_keeps_trained_weights_in_float32_and_stays_near(tmp_path):
