@@ -194,14 +194,21 @@ def merge_parts(scores, indices, k, P, device):
 # BM25, and both together
 
 
+# Lucene's stop words of English, and the endings that a light stemmer cuts.
+STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the
+their then there these they this to was will with""".split()
+ENDING = re.compile(r"(?<=\w{3})(?:ations?|ions?|ings?|ed|ly|ies|es|s|e|y)$")
+
+
 class BM25:
-    """Lucene's BM25 over texts cut into lower-case words; no stemming, no stop words.
+    """Lucene's BM25 over texts cut into lower-case words; `english`: without stop words, stemmed.
 
     score(q, d) = sum over the words t of q:  idf(t) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|))
     idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
     """
 
-    def __init__(self, texts, k1=0.9, b=0.4):
+    def __init__(self, texts, english=False, k1=0.9, b=0.4):
+        self.english = english
         lengths, postings = [], {}  # of each document; document, tf, document, tf ... of each word
         for doc, text in enumerate(texts):
             words = self.words(text)
@@ -215,10 +222,12 @@ class BM25:
             idf = np.log(1 + (self.n - len(docs) + 0.5) / (len(docs) + 0.5))
             self.impacts[word] = docs, (idf * tf / (tf + norm[docs])).astype(np.float32)
 
-    @staticmethod
-    def words(text):
+    def words(self, text):
         """The words of `text`; each character of a script without spaces is one."""
-        return re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+", text.lower())
+        words = re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+", text.lower())
+        if self.english:
+            words = [ENDING.sub("", word) for word in words if word not in STOP_WORDS]
+        return words
 
     def scores(self, query):
         """The score of every document, float32 [N]; 0 where no word of the query occurs."""
@@ -230,10 +239,10 @@ class BM25:
         return scores
 
 
-def bm25_run(collection, k=1000, index=None):
+def bm25_run(collection, k=1000, index=None, english=False):
     """The run of BM25. Documents that share no word with the query are not results."""
     corpus, queries, _ = collection
-    docids, index, run = list(corpus), index or BM25(corpus.values()), {}
+    docids, index, run = list(corpus), index or BM25(corpus.values(), english), {}
     for qid, text in queries.items():
         scores = index.scores(text)
         best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
@@ -272,14 +281,14 @@ def show(run, collection, n=3, depth=3):
             print(f"    {star} {run[qid][docid]:.3f}  {corpus[docid]}")
 
 
-def interactive(path, retriever, bm25, folder=None, progress=False, **encode):
+def interactive(path, retriever, bm25, english, folder=None, progress=False, **encode):
     """Answer questions from stdin with the five best passages of `path`, until an empty line.
 
     The vectors' name in `folder` has a hash of the passages and of what the model makes of a text:
     by it they are found again.
     """
     sources, passages = zip(*read_passages(path))
-    corpus, index = dict(enumerate(passages)), BM25(passages) if bm25 else None
+    corpus, index = dict(enumerate(passages)), BM25(passages, english) if bm25 else None
     if retriever:
         probe = retriever.encode(["a text"], **encode).tolist()
         made_from = json.dumps([probe, encode["max_len"], passages]).encode()
@@ -449,6 +458,7 @@ FLAGS = {
     "model": (None, "base model: a folder, or a hub id org/name[@revision]"),
     "adapter": (None, "LoRA adapter of the retriever: a PEFT folder"),
     "bm25": (False, "evaluate BM25; with --model too, the sum of both as well"),
+    "english": (False, "BM25 leaves out English stop words, and endings: the stronger baseline"),
     "mteb": ([], "tasks for mteb to evaluate, which must be installed"),
     "export": (None, "folder to write for transformers and sentence-transformers"),
     "interactive": (
@@ -509,7 +519,7 @@ def evaluate(args, retriever, options, say):
                     retriever, collection, args.top_k, files.get(name), **options
                 )
             elif system == "bm25" and args.bm25:
-                runs[system] = bm25_run(collection, args.top_k)
+                runs[system] = bm25_run(collection, args.top_k, english=args.english)
             elif system == "fused" and len(runs) == 2:
                 runs[system] = fuse(runs["dense"], runs["bm25"])
             else:
@@ -553,7 +563,7 @@ def main(argv=None):
         if args.out:
             write_json(args.out, {"config": vars(args), "results": results})
     if args.interactive:
-        interactive(args.interactive, retriever, args.bm25, args.vectors, **options)
+        interactive(args.interactive, retriever, args.bm25, args.english, args.vectors, **options)
     if world > 1:
         dist.barrier()  # a process that leaves while another works would end the job for both
 

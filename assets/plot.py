@@ -2,10 +2,12 @@
 
 python assets/plot.py updates curves.svg runs/smol-0 runs/smol-1 --lines bm25.json
 python assets/plot.py sizes sizes.svg 8=size-8.json 16=size-16.json 32=size-32.json
+python assets/plot.py weights weights.svg runs/small-0 --at 0 20 60 100
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -52,6 +54,29 @@ def updates(runs, lines):
     return picture
 
 
+def weights(run, at):
+    """The weights w of a run's first held-out group as squares, at the updates `at`."""
+    run = Path(run)
+    config = json.loads((run / "config.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = {row["step"]: row for row in rows if "weights" in row}
+    order = range(config["train_group_size"])
+    if config["recipe"] == "toy":  # whose groups are shuffled: put a person's passages together
+        groups = Path(config["data"]).read_text().splitlines()
+        texts = json.loads(groups[-config["heldout_groups"]])
+        names = [re.search("[A-Z][a-z]+ [A-Z][a-z]+", text)[0] for text in texts]
+        order = sorted(order, key=names.__getitem__)
+    picture = figure.Figure(figsize=(3 * len(at), 3.6), layout="constrained")
+    for axes, step in zip(picture.subplots(1, len(at)), at):
+        w = [[rows[step]["weights"][i][j] for j in order] for i in order]
+        axes.imshow(w, cmap="Blues", vmin=0, vmax=1)
+        ndcg = f"\nnDCG@10 {rows[step]['ndcg@10']:.2f}" if "ndcg@10" in rows[step] else ""
+        axes.set_title(f"update {step}{ndcg}", fontsize=13)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(True)
+    return picture
+
+
 def sizes(pairs):
     picture = figure.Figure(figsize=(6, 4), layout="tight")
     axes = picture.subplots()
@@ -73,15 +98,20 @@ def sizes(pairs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw training runs, or results by group size.")
     add = parser.add_argument
-    add("kind", choices=("updates", "sizes"))
+    add("kind", choices=("updates", "sizes", "weights"))
     add("out", help="picture to write (.svg, .png); must not exist")
     add("runs", nargs="+", help="run folders or metrics.jsonl files; sizes: SIZE=results.json")
+    add("--at", type=int, nargs="+", default=[0, 20, 60, 100], help="weights: which updates")
     add("--lines", help="updates: results.json of eval.py; each result is a dotted line")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         parser.error(f"{args.out} exists already; remove it or choose another name")
     rcParams.update(STYLE)
-    picture = sizes(args.runs) if args.kind == "sizes" else updates(args.runs, args.lines)
+    picture = {
+        "sizes": lambda: sizes(args.runs),
+        "updates": lambda: updates(args.runs, args.lines),
+        "weights": lambda: weights(args.runs[0], args.at),
+    }[args.kind]()
     picture.savefig(args.out, metadata={"Date": None})
 
 

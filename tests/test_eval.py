@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import TEXTS, command, edit, make_model, with_lora
+from conftest import TEXTS, command, edit, make_model, save_retriever, with_lora
+from safetensors.torch import load_file
 from test_data import write_beir
 
 import eval
@@ -67,12 +68,27 @@ def test_bm25_equals_its_formula():
         truth = []
         for doc in words:
             score = 0
-            for term in BM25.words(query):
+            for term in BM25(texts).words(query):
                 df, tf = sum(term in d for d in words), doc.count(term)
                 idf = math.log(1 + (len(words) - df + 0.5) / (df + 0.5))
                 score += idf * tf / (tf + 0.9 * (1 - 0.4 + 0.4 * len(doc) / mean))
             truth.append(score)
         assert BM25(texts).scores(query).tolist() == pytest.approx(truth, abs=1e-6)
+
+
+def test_bm25_in_english_has_no_stop_words_and_no_endings(tmp_path):
+    texts = ["The relations of cities", "A relational city", "it was going well", "ring", "was"]
+    index = BM25(texts, english=True)
+    assert [index.words(text) for text in texts[:4]] == [
+        ["rel", "cit"], ["relational", "cit"], ["going", "well"], ["ring"],
+    ]  # fmt: skip
+    assert index.scores("A CITY is").nonzero()[0].tolist() == [0, 1]
+    assert not index.scores("was the").any() and BM25(texts).scores("was").any()
+    write_beir(tmp_path, corpus='{"_id": "d", "text": "queries"}\n{"_id": "e", "text": "y"}\n')
+    for flags, ndcg in (([], 0.0), (["--english"], 1.0)):
+        out = tmp_path / f"{ndcg}.json"
+        main(["--bm25", *flags, "--data", str(tmp_path), "--out", str(out)])
+        assert json.loads(out.read_text())["results"][0]["ndcg@10"] == ndcg
 
 
 @pytest.mark.parametrize(
@@ -81,7 +97,7 @@ def test_bm25_equals_its_formula():
 def test_bm25_finds_words_in_texts_without_spaces(words):
     a, b, question = words.split()
     run = bm25_run(({"a": f"x{a}。", "b": b}, {"q": question}, {"q": {}}))
-    assert list(run["q"])[0] == "a" and BM25.words(f"x{a}y")[:: len(a) + 1] == ["x", "y"]
+    assert list(run["q"])[0] == "a" and BM25([a]).words(f"x{a}y")[:: len(a) + 1] == ["x", "y"]
 
 
 def test_the_query_itself_is_no_result_but_what_only_has_its_number_is(tiny):
@@ -344,27 +360,36 @@ def test_vectors_are_found_again_only_for_the_same_texts_and_model(tiny, tmp_pat
 # to others
 
 
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
 @pytest.mark.parametrize("added", ["$A", "m $A <eos>"])
-def test_an_export_is_the_same_retriever_and_its_tokenizer_ends_texts_itself(tiny, tmp_path, added):
+def test_an_export_is_the_same_retriever_and_its_tokenizer_ends_texts_itself(
+    tiny, tmp_path, added, pooling
+):
     t = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
     special = [(token, t.token_to_id(token)) for token in added.replace("$A", "").split()]
     t.post_processor = tokenizers.processors.TemplateProcessing(added, special_tokens=special)
     t.save(str(tiny / "tokenizer.json"))
     out, adapter, texts = tmp_path / "out", tmp_path / "adapter", [*TEXTS, "", "x" * 300]
-    save_adapter(with_lora(Llama.from_pretrained(tiny, head=False)), adapter)
+    save_retriever(tiny, adapter, pooling)
     retriever = Retriever.from_pretrained(tiny, adapter)
+    assert retriever.pooling == pooling and Retriever.from_pretrained(tiny).pooling == "eos"
     run_main("--model", tiny, "--adapter", adapter, "--export", out, "--max_len", 64)
     assert read_max_len(out) == 64 and read_max_len(tiny) == 512
     prompts = json.loads((out / "config_sentence_transformers.json").read_text())["prompts"]
     t = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
-    t.enable_truncation(64)
+    lengths = json.loads((out / "sentence_bert_config.json").read_text())
+    t.enable_truncation(lengths["max_seq_length"])
     again = Retriever.from_pretrained(out)
     for prompt, kind in (("query", "query"), ("passage", "passage"), ("document", "passage")):
         truth = retriever.encode(texts, kind, max_len=64)
         ours = again.encode(texts, kind, max_len=read_max_len(out))
         torch.testing.assert_close(ours, truth, rtol=0, atol=1e-5)
         for text, vector in zip(texts, truth):  # as sentence-transformers goes on
-            hidden = again.llama(torch.tensor([t.encode(prompts[prompt] + text).ids]))[0, -1]
+            hidden = again.llama(torch.tensor([t.encode(prompts[prompt] + text).ids]))[0]
+            hidden = hidden[-1] if pooling == "eos" else hidden.mean(0)
+            if pooling == "mean":
+                dense = load_file(out / "2_Dense/model.safetensors")
+                hidden = dense["linear.weight"] @ hidden + dense["linear.bias"]
             unit = torch.nn.functional.normalize(hidden, dim=0)
             torch.testing.assert_close(unit, vector, rtol=0, atol=1e-5)
 
