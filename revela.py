@@ -97,15 +97,15 @@ class Retriever(nn.Module):
         if self.pooling == "eos":
             return hidden[torch.arange(len(eos), device=eos.device), eos].float()
         text = torch.arange(ids.shape[1], device=ids.device) < eos[:, None]  # [N, T]
-        return (hidden.float() * text[..., None]).sum(1) / eos[:, None]
+        return (hidden.float() * text[..., None]).sum(1) / eos[:, None].clamp(min=1)
 
     @torch.no_grad()
     def standardise(self, batches):
         """Let `mean` and `std` be those of the passages of `batches`."""
         pairs = [(batch["passage_ids"], batch["passage_mask"]) for batch in batches]
         x = torch.cat([self.pool(i.flatten(0, 1), m.flatten(0, 1)) for i, m in pairs])  # [P, D]
-        self.std.copy_(x.std(0))
         self.mean.copy_(x.mean(0))
+        self.std.copy_(x.std(0).clamp(min=1e-6))  # above 0, should all passages be the same
 
     def load_pooling(self, folder):
         """Read `mean` and `std` if `folder` has them, and return whether it has.
@@ -117,11 +117,14 @@ class Retriever(nn.Module):
             return False
         if self.pooling != "mean":
             raise ValueError(f"{file}: its retriever pools by --pooling mean, not {self.pooling}")
-        with reading(file, "does not fit the model"):
-            found = self.load_state_dict(read_safetensors(file), strict=False)
-        bad = found.unexpected_keys or {"mean", "std"} & set(found.missing_keys)
-        if bad or not (self.mean.isfinite() & self.std.isfinite() & (self.std > 0)).all():
-            raise ValueError(f"{file}: need mean and std alone, finite, std above 0")
+        given, need = read_safetensors(file), {"mean": self.mean.shape, "std": self.std.shape}
+        fits = {name: t.shape for name, t in given.items()} == need
+        fits = fits and all(t.is_floating_point() for t in given.values())
+        if fits:
+            self.load_state_dict(given, strict=False)
+        if not fits or not self.mean.isfinite().all() or not 1e-30 < self.std.min() < torch.inf:
+            need = f"floats mean and std [{len(self.mean)}] and nothing else, finite, std above 0"
+            raise ValueError(f"{file}: need {need}")
         return True
 
     def save_pooling(self, folder):

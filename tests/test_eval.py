@@ -85,10 +85,10 @@ def test_bm25_in_english_has_no_stop_words_and_no_endings(tmp_path):
     assert index.scores("A CITY is").nonzero()[0].tolist() == [0, 1]
     assert not index.scores("was the").any() and BM25(texts).scores("was").any()
     write_beir(tmp_path, corpus='{"_id": "d", "text": "queries"}\n{"_id": "e", "text": "y"}\n')
-    for flags, ndcg in (([], 0.0), (["--english"], 1.0)):
-        out = tmp_path / f"{ndcg}.json"
+    for flags, found in (([], 0.0), (["--english"], 1.0)):
+        out = tmp_path / f"{found}.json"
         main(["--bm25", *flags, "--data", str(tmp_path), "--out", str(out)])
-        assert json.loads(out.read_text())["results"][0]["ndcg@10"] == ndcg
+        assert json.loads(out.read_text())["results"][0]["ndcg@10"] == found
 
 
 @pytest.mark.parametrize(
