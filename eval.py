@@ -350,8 +350,9 @@ def read_max_len(folder):
     length = read_json(file).get(name)
     if length is None:
         return 512
-    check(f"{file}: {name}", length, 2, 2**20, int)
-    return length + (folder / POOLING).exists()  # an EOS, which the export does not read
+    mean = (folder / POOLING).exists()  # there the export reads no EOS
+    check(f"{file}: {name}", length, 2 - mean, 2**20, int)
+    return length + mean
 
 
 def export(retriever, folder, max_len=512):

@@ -122,7 +122,8 @@ class Retriever(nn.Module):
         fits = fits and all(t.is_floating_point() for t in given.values())
         if fits:
             self.load_state_dict(given, strict=False)
-        if not fits or not self.mean.isfinite().all() or not 1e-30 < self.std.min() < torch.inf:
+        finite = (self.mean.isfinite() & self.std.isfinite()).all()
+        if not fits or not finite or self.std.min() < 1e-30:
             need = f"floats mean and std [{len(self.mean)}] and nothing else, finite, std above 0"
             raise ValueError(f"{file}: need {need}")
         return True
@@ -495,8 +496,8 @@ class Replug(Contrastive):
     This is the paper's direction, from its P_R, which learns, to its Q_LM. beta: `lm_temperature`.
     """
 
-    def __init__(self, retriever, lm, attn_temperature, lm_temperature):
-        super().__init__(retriever, lm, attn_temperature)
+    def __init__(self, *method, lm_temperature, **options):
+        super().__init__(*method, **options)
         self.lm_temperature = lm_temperature
 
     def forward(self, batch):

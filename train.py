@@ -202,16 +202,12 @@ def build_models(args, dtype, device):
 
 def build_objective(args, retriever, lm):
     """The module whose forward is the loss of a batch."""
-    if args.no_inbatch:
-        return Control(retriever, lm)
-    if args.objective == "replug":
-        return Replug(retriever, lm, args.attn_temperature, args.lm_temperature)
-    if args.objective == "contrastive":
-        return Contrastive(retriever, lm, args.attn_temperature)
-    return Revela(
-        retriever, lm, args.attn_temperature, args.v_norm, args.inbatch_scale, args.dual_loss,
-        args.inbatch_form == "convex", args.inbatch_start,
-    )  # fmt: skip
+    objectives = {"revela": Revela, "contrastive": Contrastive}
+    objectives["replug"] = partial(Replug, lm_temperature=args.lm_temperature)
+    method = args.attn_temperature, args.v_norm, args.inbatch_scale, args.dual_loss
+    form = args.inbatch_form == "convex", args.inbatch_start
+    objective = Control if args.no_inbatch else objectives[args.objective]
+    return objective(retriever, lm, *method, *form)
 
 
 def recompute_activations(llama, how):

@@ -15,7 +15,8 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import Llama, LlamaConfig, add_lora, save_model  # noqa: E402
+from model import Llama, LlamaConfig, add_lora, save_adapter, save_model  # noqa: E402
+from revela import Retriever  # noqa: E402
 
 
 def pytest_configure(config):
@@ -64,6 +65,16 @@ def with_lora(llama, r=3, dropout=0.0):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
     return llama
+
+
+def save_retriever(base, folder, pooling="eos"):
+    """Write an adapter that does something; with mean pooling, standardised by something."""
+    retriever = Retriever(with_lora(Llama.from_pretrained(base, head=False)), pooling=pooling)
+    save_adapter(retriever.llama, folder)
+    if pooling == "mean":
+        torch.nn.init.normal_(retriever.mean)
+        torch.nn.init.uniform_(retriever.std, 0.5, 2)
+    retriever.save_pooling(folder)
 
 
 @pytest.fixture

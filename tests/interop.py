@@ -7,12 +7,13 @@ python tests/interop.py --write    # golden/families/, from which test_model.py 
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS, make_model, with_lora
+from conftest import ROOT, TEXTS, make_model, save_retriever, with_lora
 from safetensors.torch import save_file
 
 import eval
@@ -200,19 +201,19 @@ def test_every_field_of_an_adapter_is_decided(tiny, tmp_path):
 # sentence-transformers, mteb
 
 
-def exported(folder, **options):
+def exported(folder, pooling="eos", **options):
     tiny = make_model(folder / "tiny", **options)
-    save_adapter(with_lora(Llama.from_pretrained(tiny, head=False)), folder / "adapter")
+    save_retriever(tiny, folder / "adapter", pooling)
     retriever = Retriever.from_pretrained(tiny, folder / "adapter")
     eval.export(Retriever.from_pretrained(tiny, folder / "adapter"), folder / "out", max_len=64)
     return retriever, folder / "out"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sentence_transformers_encodes_an_export_as_we_do(tmp_path, kind):
+@pytest.mark.parametrize("kind, pooling", [*((kind, "eos") for kind in KINDS), ("qwen2", "mean")])
+def test_sentence_transformers_encodes_an_export_as_we_do(tmp_path, kind, pooling):
     from sentence_transformers import SentenceTransformer
 
-    retriever, folder = exported(tmp_path, model_type=kind)
+    retriever, folder = exported(tmp_path, pooling, model_type=kind)
     theirs, texts = SentenceTransformer(str(folder), device="cpu"), [*TEXTS, "", "x" * 300]
     query, passage = (retriever.encode(texts, k, max_len=64) for k in ("query", "passage"))
     for truth, vectors in (
@@ -224,6 +225,10 @@ def test_sentence_transformers_encodes_an_export_as_we_do(tmp_path, kind):
     ):
         torch.testing.assert_close(torch.tensor(vectors), truth, rtol=0, atol=1e-4)
     theirs.save(str(tmp_path / "again"))  # a folder as sentence-transformers writes it
+    if pooling == "mean":  # all but what is ours
+        with pytest.raises(ValueError, match="or mean with our pooling.safetensors"):
+            Retriever.from_pretrained(tmp_path / "again")
+        shutil.copy(folder / "pooling.safetensors", tmp_path / "again")
     assert eval.read_max_len(folder) == eval.read_max_len(tmp_path / "again") == 64
     for ours in map(Retriever.from_pretrained, (folder, tmp_path / "again")):
         for kind, truth in (("query", query), ("passage", passage)):

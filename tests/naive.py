@@ -102,16 +102,19 @@ def hidden_states(w, c, ids):
     return [rms_norm(xt, w["norm.weight"], c.rms_norm_eps) for xt in x]
 
 
-def embedding(w, c, ids):
-    """The vector [D] of one text that ends in EOS."""
-    y = hidden_states(w, c, ids)[-1]
+def embedding(w, c, ids, standard=None):
+    """The vector [D] of one text that ends in EOS; standard: mean and std, if its mean is meant."""
+    hidden = hidden_states(w, c, ids)
+    y = hidden[-1]
+    if standard:
+        y = (sum(hidden[:-1]) / (len(ids) - 1) - standard[0]) / standard[1]
     return y / y.pow(2).sum().sqrt()
 
 
-def weights(w, c, queries, passages, tau):
+def weights(w, c, queries, passages, tau, standard=None):
     """In-batch weights of one group: queries, passages are lists of lists of ids."""
-    q = [embedding(w, c, ids) for ids in queries]
-    p = [embedding(w, c, ids) for ids in passages]
+    q = [embedding(w, c, ids, standard) for ids in queries]
+    p = [embedding(w, c, ids, standard) for ids in passages]
     B, rows = len(q), []
     for i in range(B):
         s = {j: q[i] @ p[j] / tau for j in range(B) if j != i}
@@ -130,8 +133,11 @@ def likelihood(w, c, context, text):
     return total / (len(ids) - first)
 
 
-def losses(w, c, texts, wij, v_norm, scale=1.0, pad=None):
-    """Summed next-token losses of one group, in-batch and context stream, and how many they are."""
+def losses(w, c, texts, wij, v_norm, scale=1.0, pad=None, own=1.0, first=0):
+    """Summed next-token losses of one group, in-batch and context stream, and how many they are.
+
+    own: factor on a passage's own attention; first: the layer from which on others are read.
+    """
     context = [[w["embed_tokens.weight"][i] for i in ids] for ids in texts]
     stream = [list(x) for x in context]
     H = c.num_attention_heads
@@ -141,7 +147,7 @@ def losses(w, c, texts, wij, v_norm, scale=1.0, pad=None):
         for i, x in enumerate(stream):
             q, k, v = block_qkv(w, c, layer, x)
             attention = causal(q, k, v, H)
-            for t in range(len(x)):
+            for t in range(len(x)) if layer >= first else ():
                 heads = []
                 for h in range(H):
                     mixed = 0
@@ -150,7 +156,7 @@ def losses(w, c, texts, wij, v_norm, scale=1.0, pad=None):
                             keys, values = ([y[h] for y in kv[j][n]] for n in (1, 2))
                             mixed = mixed + wij[i, j] * attend(q[t][h], keys, values, v_norm)
                     heads.append(mixed)
-                attention[t] = attention[t] + scale * torch.cat(heads)
+                attention[t] = own * attention[t] + scale * torch.cat(heads)
             new.append(finish_block(w, c, layer, x, attention))
         context = [finish_block(w, c, layer, x, causal(*kv[j], H)) for j, x in enumerate(context)]
         stream = new

@@ -186,7 +186,7 @@ def test_results_are_written_as_they_come(tiny, tmp_path, monkeypatch):
     data, out = [collection(tmp_path / name) for name in "ab"], tmp_path / "r.json"
     search_again = eval.bm25_run
 
-    def fails(*args):
+    def fails(*args, **options):
         if out.exists() and len(json.loads(out.read_text())["results"]) > 3:
             raise OSError("no space left")
         return search_again(*args)

@@ -12,13 +12,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import TEXTS, edit, with_lora
+from conftest import TEXTS, edit, save_retriever
 from safetensors.torch import load_file, save_file
 
 import data
 from data import Groups, read_beir, read_lines, read_passages, reading
 from model import Llama, LlamaConfig, load_adapter, save_adapter, save_model
-from revela import Tokenizer, collate
+from revela import Retriever, Tokenizer, collate
 
 
 def refused(folder, call):
@@ -33,14 +33,15 @@ def refused(folder, call):
 
 @pytest.fixture
 def full(tiny):
-    """A model's folder with an adapter in a/."""
-    save_adapter(with_lora(Llama.from_pretrained(tiny)), tiny / "a")
+    """A model's folder with an adapter, and with what standardises its vectors, in a/."""
+    save_retriever(tiny, tiny / "a", "mean")
     return tiny
 
 
 def read_all(folder):
     llama = Llama.from_pretrained(folder)
     load_adapter(llama, folder / "a")
+    Retriever(llama, pooling="mean").load_pooling(folder / "a")
     return llama, Tokenizer(folder)
 
 
@@ -184,6 +185,23 @@ def test_names_of_tensors_cannot_write_to_the_terminal(tiny):
             refused(tiny, lambda: Llama.from_pretrained(tiny))
 
 
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_what_cannot_standardise_is_refused(full, name):
+    file, good = full / "a/pooling.safetensors", {"mean": torch.zeros(32), "std": torch.ones(32)}
+    ones = torch.ones(32)
+    odd = [torch.nan, torch.inf, -torch.inf] + [0, -1] * (name == "std")
+    bad = [ones.where(torch.arange(32) != 5, value) for value in odd]
+    bad += [ones[:31], ones[None], torch.tensor(1.0), ones.bool(), ones.to(torch.complex64)]
+    cases = [good | {name: t} for t in bad] + [{}, {name: good[name]}]
+    cases += [good | {more: ones} for more in ("x", "llama.norm.weight")]
+    for tensors in [*cases, good]:
+        save_file(tensors, file)
+        if tensors is not good:
+            text = refused(file, lambda: Retriever.from_pretrained(full, full / "a"))
+            assert "need floats mean and std [32]" in text, tensors
+    Retriever.from_pretrained(full, full / "a")
+
+
 EMPTY = {"pair": [], "special_tokens": {}, "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}
 OF_BERT = {"type": "BertProcessing", "sep": ["m", 5], "cls": ["x", 300]}
 BROKEN = {
@@ -236,6 +254,7 @@ def test_a_passage_of_which_the_tokenizer_leaves_nothing_is_one_eos(tiny):
 
 MODEL = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 FILES = [*MODEL, "a/adapter_config.json", "a/adapter_model.safetensors"]
+FILES += ["a/pooling.safetensors"]
 
 
 def test_ctrl_c_is_no_fault_of_the_file():
@@ -279,7 +298,7 @@ def test_what_is_no_regular_file_is_not_read(full, file, kind):
         (full / file).mkdir()
     else:
         (full / file).symlink_to("/dev/zero" if kind == "device" else (full / file).name)
-    if (file, kind) != ("tokenizer_config.json", "itself"):  # as good as absent
+    if kind != "itself" or file not in ("tokenizer_config.json", FILES[-1]):  # as good as absent
         assert "does not exist, or is no file" in refused(full, lambda: read_all(full))
 
 

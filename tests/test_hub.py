@@ -2,20 +2,23 @@
 
 import hashlib
 import json
+import shutil
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote
 
 import pytest
-from conftest import make_model
+from conftest import make_model, save_retriever
 from safetensors.torch import load_file
 from test_train import together
 from torch.multiprocessing import ProcessRaisedException
 
+from eval import read_max_len, write_encoding
 from revela import Retriever
 
 SHA = {"main": "a" * 40, "v1": "b" * 40}
 KNOWN = (*SHA, *SHA.values())
+POOLED = ["1_Pooling/config.json", "pooling.safetensors", "sentence_bert_config.json"]
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
@@ -27,6 +30,11 @@ def hub(tmp_path):
         for name in ("pytorch_model.bin", "original/model.safetensors", "README.md"):  # not needed
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("x")
+    save_retriever(folder, tmp_path / "mean", "mean")  # the second revision pools by its mean
+    shutil.copy(tmp_path / "mean/pooling.safetensors", folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
+    write_encoding(folder, 63)
     sent = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -78,6 +86,11 @@ def fetch(model, truth=None):
     retriever.encode(["a text"])
     weights = load_file(f"{truth}/model.safetensors")
     assert retriever.llama.norm.weight.equal(weights["model.norm.weight"])
+    if "@v1" in model:
+        assert retriever.mean.equal(load_file(f"{truth}/pooling.safetensors")["mean"])
+    assert (retriever.pooling, read_max_len(model)) == (
+        ("mean", 64) if "@v1" in model else ("eos", 512)
+    )
 
 
 def test_a_hub_id_is_fetched_once_and_only_what_is_needed(hub, tmp_path):
@@ -86,7 +99,7 @@ def test_a_hub_id_is_fetched_once_and_only_what_is_needed(hub, tmp_path):
     needed = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     for model, truth, files in (
         ("org/tiny", main, needed),
-        ("org/tiny@v1", v1, ["model.safetensors"]),  # the rest is the same in both
+        ("org/tiny@v1", v1, sorted(["model.safetensors", *POOLED])),  # the rest is the same in both
         ("org/tiny", main, []),
     ):
         together(1, fetch, model, truth, **env)

@@ -1,5 +1,6 @@
 """revela.py: losses and gradients against the loops of naive.py, and what must change nothing."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,21 +13,25 @@ import torch
 import torch.nn.functional as F
 from conftest import TEXTS, make_model, with_lora
 
-from model import Llama
-from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate
+from model import Llama, in_batch_attention, rope
+from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate, two_streams
 from train import recompute_activations, update
 
 GROUPS = [([TEXTS[0], TEXTS[7] + " so.", "ok"], None)]
 GROUPS += [([TEXTS[3], "a<eos> b", TEXTS[12]], "stackoverflow")]
 
 
-def make(tmp_path, groups=GROUPS, apart=False, dropout=0.0, **changes):
+def make(tmp_path, groups=GROUPS, apart=False, dropout=0.0, pooling="eos", **changes):
     """A retriever and a language model with LoRA, always the same, and a batch."""
     base = make_model(tmp_path / "base", **changes)
     retriever = with_lora(Llama.from_pretrained(base, head=False), dropout=dropout)
     lm, tokenizer = with_lora(Llama.from_pretrained(base), dropout=dropout), Tokenizer(base)
     batch = collate(groups, tokenizer, tokenizer, 40, True, apart)
-    return Retriever(retriever, tokenizer), lm, batch
+    retriever = Retriever(retriever, tokenizer, pooling)
+    if pooling == "mean":
+        torch.nn.init.normal_(retriever.mean)
+        torch.nn.init.uniform_(retriever.std, 0.5, 2)
+    return retriever, lm, batch
 
 
 def merged(llama):
@@ -54,29 +59,36 @@ def rows(batch, name, g):
 
 
 QWEN2 = dict(model_type="qwen2", tie_word_embeddings=False)
-CASES = {  # tau, v_norm, scale, dual loss. With a pad token of its own, a model predicts the EOS
+UPPER = dict(num_hidden_layers=3, pooling="mean")  # start * 3 is rounded down
+CASES = {  # as Revela has them. With a pad token of its own, a model predicts the EOS
     "llama": ((0.05, True, 1.0, False), {}),
     "no_v_norm": ((0.2, False, 0.3, True), {}),
     "qwen2": ((0.1, True, 1.0, True), QWEN2),
     "qwen3": ((0.1, True, 1.0, False), dict(model_type="qwen3", pad_token_id=299)),
+    "convex": ((0.3, False, 0.25, True, True, 0.5), UPPER),
+    "start": ((0.3, True, 0.7, False, False, 0.99), UPPER | QWEN2),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_naive_loops(case, tmp_path):
-    (tau, v_norm, scale, dual), changes = CASES[case]
+    method, changes = CASES[case]
+    (tau, v_norm, scale, dual), (convex, start) = method[:4], method[4:] or (False, 0)
     retriever, lm, batch = make(tmp_path, **changes)
-    revela = Revela(retriever, lm, tau, v_norm, scale, dual)
+    revela = Revela(retriever, lm, *method)
     loss = revela(batch)
     loss.backward()
 
     c, (lora_r, w_r), (lora_l, w_l) = lm.config, merged(retriever.llama), merged(lm)
+    standard = "pooling" in changes and [t.double() for t in (retriever.mean, retriever.std)]
+    reading = {"own": 1 - scale if convex else 1, "first": math.floor(start * len(lm.layers))}
     total, context, n = 0, 0, 0
     for g in range(2):
-        wij = naive.weights(w_r, c, rows(batch, "query", g), rows(batch, "passage", g), tau)
+        texts = rows(batch, "query", g), rows(batch, "passage", g)
+        wij = naive.weights(w_r, c, *texts, tau, standard)
         torch.testing.assert_close(revela.weights(batch)[g].double(), wij, rtol=1e-4, atol=1e-6)
         pad = c.pad_token_id or c.eos_token_id  # is not predicted, also inside a text
-        parts = naive.losses(w_l, c, rows(batch, "lm", g), wij, v_norm, scale, pad)
+        parts = naive.losses(w_l, c, rows(batch, "lm", g), wij, v_norm, scale, pad, **reading)
         total, context, n = total + parts[0], context + parts[1], n + parts[2]
     truth = (total + context) / n if dual else total / n
     truth.backward()
@@ -159,6 +171,47 @@ def test_the_control_is_the_plain_language_model_and_chunks_of_its_loss_change_n
         torch.testing.assert_close(torch.autograd.grad(loss, hidden), gradient)
 
 
+@pytest.mark.parametrize("start, first", [(0, 0), (0.34, 1), (0.5, 1), (0.99, 2)])
+def test_blocks_before_the_start_are_those_of_two_streams_without_reading(tmp_path, start, first):
+    _, lm, batch = make(tmp_path, num_hidden_layers=3)
+    ids, mask, w = batch["lm_ids"], batch["lm_mask"], torch.rand(2, 3, 3)
+    calls, (cos, sin) = [], rope(lm.config, ids.shape[2], ids.device)
+    for number, block in enumerate(lm.layers):
+        block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    ours = two_streams(lm, ids, mask, w, scale=0.3, convex=True, start=start)
+    assert calls == [*range(first), *(n for n in range(first, 3) for _ in "cs")], "and run once"
+
+    context = stream = lm.embed(ids.flatten(0, 1))
+    for number, block in enumerate(lm.layers):
+        context, *kv = block(context, cos, sin)
+
+        def read(own, q, kv=kv):
+            parts = (x.unflatten(0, (2, 3)) for x in (q, *kv))
+            return 0.7 * own + 0.3 * in_batch_attention(*parts, w, mask).flatten(0, 1)
+
+        stream, *_ = block(stream, cos, sin, read if number >= first else None)
+    truth, trained = lm.norm(stream).view_as(ours), [p for p in lm.parameters() if p.requires_grad]
+    torch.testing.assert_close(ours[mask], truth[mask], rtol=1e-5, atol=1e-5)
+    pairs = [torch.autograd.grad(h[mask].square().sum(), trained) for h in (ours, truth)]
+    for one, other in zip(*pairs):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+def test_a_diagnosis_is_the_loss_with_the_weights_with_uniform_ones_and_alone(tmp_path):
+    retriever, lm, batch = make(tmp_path, dropout=0.3, num_hidden_layers=3)
+    revela = Revela(retriever, lm, 0.05, False, 0.3, True, True, 0.5).eval()
+    losses, w = revela.diagnose(batch)
+    truth = {"retriever": revela(batch) - revela.stats["context_loss"]}
+    assert torch.equal(w, revela.weights(batch)) and not w.requires_grad
+    ids, mask, uniform = batch["lm_ids"], batch["lm_mask"], (1 - torch.eye(3)).expand(2, 3, 3) / 2
+    hidden = two_streams(lm, ids, mask, uniform, False, 0.3, True, 0.5)
+    truth |= {"uniform": revela.cross_entropy(hidden, batch)}
+    truth |= {"alone": Control(retriever, lm).eval()(batch)}
+    assert losses.keys() == truth.keys() and len({round(x.item(), 4) for x in losses.values()}) == 3
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, truth[name].detach(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_recomputing_activations_changes_nothing(tmp_path, how):
     gradients, calls = [], []
@@ -182,8 +235,47 @@ def test_the_benchmark_compares_like_with_like():
         assert max(errors) < 1e-5, (flags, errors)
 
 
-def test_encode_is_the_same_alone_and_in_any_batch(tmp_path):
-    retriever, texts = make(tmp_path, dropout=0.5)[0].train(), [*TEXTS, "", "x" * 300]
+def test_the_mean_is_of_all_before_the_eos_and_standardised_by_that_of_passages(tmp_path):
+    retriever, _, short = make(tmp_path, pooling="mean")
+    long = make(tmp_path, [([TEXTS[5] * 2, "b", TEXTS[1]], None)] * 3)[2]  # padded further
+    w, shared = merged(retriever.llama)[1], (retriever.mean, retriever.std)
+    passages = [ids for batch in (short, long) for g in batch["passage_ids"] for ids in g]
+    masks = [mask for batch in (short, long) for g in batch["passage_mask"] for mask in g]
+    means = []
+    for ids, mask in zip(passages, masks):
+        hidden = naive.hidden_states(w, retriever.llama.config, ids[mask].tolist())[:-1]
+        means.append(sum(hidden).detach() / len(hidden))
+    mean = sum(means) / len(means)
+    std = (sum((x - mean) ** 2 for x in means) / (len(means) - 1)).sqrt()
+    retriever.standardise(iter([short, long]))
+    assert shared[0] is retriever.mean and shared[1] is retriever.std, "in place: they are shared"
+    for ours, truth in zip(shared, (mean, std)):
+        assert not ours.requires_grad and (ours - truth).abs().max() < 1e-5 * truth.abs().max()
+
+    retriever.standardise([{name: x[:, :1].expand(-1, 3, -1) for name, x in long.items()}])
+    assert (retriever.std > 0).all(), "although these passages are all the same"
+    retriever.mean, retriever.std = mean.float(), std.float()
+    nothing = retriever(torch.tensor([[0, 0]]), torch.tensor([[True, False]]))[0]  # but an EOS
+    torch.testing.assert_close(nothing, F.normalize(-mean / std, dim=0).float())
+
+    ids, mask = short["passage_ids"].clone(), short["passage_mask"]
+    before, last = retriever(ids, mask), mask.sum(-1, keepdim=True) - 1
+    after = torch.arange(ids.shape[-1]) >= last  # the EOS and padding
+    ids[after] = torch.randint(300, (int(after.sum()),))
+    assert torch.equal(retriever(ids, mask), before)
+    ids[..., 0] += 1  # of the prefix
+    assert (retriever(ids, mask) - before).norm(dim=-1).min() > 0.01
+
+    retriever.standardise([make(tmp_path, [(["b"] * 3, None)], pooling="mean")[2]])
+    eos_alone = torch.zeros_like(mask)
+    eos_alone[..., 0] = True
+    assert retriever.std.min() > 0 and retriever(ids, eos_alone).isfinite().all()
+
+
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
+def test_encode_is_the_same_alone_and_in_any_batch(tmp_path, pooling):
+    retriever, texts = make(tmp_path, dropout=0.5, pooling=pooling)[0], [*TEXTS, "", "x" * 300]
+    retriever.train()
     encode = partial(retriever.encode, max_len=64)
     close = partial(torch.testing.assert_close, atol=1e-6, rtol=1e-5)
     together = encode(texts, batch_tokens=200)

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import eval
 import train
-from model import Llama
-from revela import Retriever
+from model import Llama, load_adapter
+from revela import Retriever, Revela, collate
 
 
 def write_groups(file, n=12):
@@ -51,9 +51,20 @@ def metrics(folder):
 
 
 def weights(folder):
-    """{"retriever NAME", "lm NAME": tensor} of what a run saved at its end: LoRA, or all."""
-    files = sorted(folder.glob("[rl]*/*model.safetensors"))
+    """{"retriever NAME", "lm NAME": tensor} of what a run saved at its end: LoRA, or all.
+
+    And what standardises the retriever's vectors.
+    """
+    files = sorted(folder.glob("[rl]*/*.safetensors"))
     return {f"{f.parent.name} {name}": t for f in files for name, t in load_file(f).items()}
+
+
+def flat(value):
+    """The numbers in a JSON value, in order."""
+    if isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return [number for part in parts for number in flat(part)]
+    return [value]
 
 
 def same(a, b, tolerance=0.0, logs=True):
@@ -61,10 +72,12 @@ def same(a, b, tolerance=0.0, logs=True):
     truth, no = weights(a), ["tokens_per_s", "memory_gb", "eta_s"]
     assert truth
     torch.testing.assert_close(weights(b), truth, rtol=tolerance, atol=tolerance)
-    if tolerance:  # means over micro-batches, whatever their sizes
-        no += ["max_weight", "weight_entropy", "spread"]
+    if tolerance:  # means over micro-batches, whatever their sizes, and what is rounded
+        no += ["max_weight", "weight_entropy", "spread", "weights"]
     if logs:
-        one, other = ([v for r in metrics(x) for n, v in r.items() if n not in no] for x in (a, b))
+        one, other = (
+            flat([v for row in metrics(x) for n, v in row.items() if n not in no]) for x in (a, b)
+        )
         assert other == pytest.approx(one, rel=10 * tolerance, abs=10 * tolerance)
 
 
@@ -120,11 +133,16 @@ def test_a_warmup_that_is_longer_than_the_run_is_said(tmp_path, capsys):
         assert ("--warmup_steps" in "".join(capsys.readouterr())) == said
 
 
+MEAN = """--pooling mean --inbatch_form convex --inbatch_scale 0.25 --inbatch_start 0.5
+    --heldout_groups 2"""
+
+
 @pytest.mark.parametrize("lora", [True, False], ids=["lora with dropout", "full"])
 def test_accumulation_processes_and_strategies_do_not_change_the_update(tmp_path, lora):
     def args(out, accumulation, *more):
-        rate = "--learning_rate 2e-4" if lora else "--learning_rate 3e-5 --lora_r 0 --dual_loss"
-        more = rate, f"--max_steps 3 --gradient_accumulation_steps {accumulation}", *more
+        how = "--learning_rate 3e-5 --lora_r 0 --dual_loss"
+        how = f"--learning_rate 2e-4 {MEAN}" if lora else how
+        more = how, f"--max_steps 3 --gradient_accumulation_steps {accumulation}", *more
         return arguments(tmp_path, out, *more)
 
     train.main(args("1x4", 4))
@@ -194,7 +212,7 @@ def test_what_0_and_minus_1_mean(tmp_path):
         same(tmp_path / "huge", tmp_path / "clipped", logs=False)
 
 
-@pytest.mark.parametrize("more", ["", "--lora_r 0"], ids=["lora with dropout", "full"])
+@pytest.mark.parametrize("more", ["", "--lora_r 0", MEAN], ids=["lora", "full", "mean"])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one_wherever_it_was_moved(tmp_path, more):
     train.main(arguments(tmp_path, "whole", more))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -210,7 +228,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one_wherever_it_was_moved(tm
 
 def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(tmp_path):
     def args(out, accumulation, *more):
-        more = f"--learning_rate 2e-4 --gradient_accumulation_steps {accumulation}", *more
+        more = f"--learning_rate 2e-4 --gradient_accumulation_steps {accumulation}", MEAN, *more
         return arguments(tmp_path, out, *more)
 
     train.main(args("whole", 4))
@@ -286,6 +304,73 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(tmp_path, processes
     together(processes or 1, run, arguments(tmp_path, "cut", more))
     same(tmp_path / "whole", tmp_path / "cut")
     assert metrics(tmp_path / "cut")[: len(before)] == before  # times, too
+
+
+@pytest.mark.parametrize("lora", ["", "--lora_r 0"], ids=["lora", "full"])
+def test_what_standardises_stays_with_the_retriever(tmp_path, lora):
+    world, adapter = tmp_path / "world", tmp_path / "run/retriever"
+    train.write_toy_world(world, 0, n_groups=1, n_test=40)
+    train.main(arguments(tmp_path, "run", lora, "--pooling mean", f"--eval_data {world}"))
+
+    def evaluated(out):
+        start = f"--model {tmp_path}/base --adapter {adapter}" if not lora else f"--model {adapter}"
+        files = f"--data {world} --out {tmp_path}/{out}.json --device cpu"
+        eval.main([*start.split(), *files.split()])
+        return json.loads((tmp_path / f"{out}.json").read_text())["results"][0]["ndcg@10"]
+
+    before, after = (row["ndcg@10"] for row in metrics(tmp_path / "run") if "ndcg@10" in row)
+    assert evaluated("mean") == pytest.approx(after, abs=1e-6) and after != before
+    assert eval.read_max_len(adapter) == 512
+
+    lines = (tmp_path / "groups.jsonl").read_text().splitlines()
+    (tmp_path / "others").write_text("".join(line + "\n" for line in lines[:3]))
+    start = f"--model {adapter} --lm {tmp_path}/base" if lora else f"--retriever_adapter {adapter}"
+
+    def started(out, *more):
+        more = lora, start, f"--data {tmp_path}/others --max_steps 1 --learning_rate 0", *more
+        train.main(arguments(tmp_path, out, *more))
+        return weights(tmp_path / out)
+
+    (file,) = adapter.glob("pooling*")
+    truth, kept = load_file(file), started("kept", "--pooling mean")
+    assert all(torch.equal(kept[f"retriever {name}"], t) for name, t in truth.items())
+    with pytest.raises(ValueError, match="pooling.safetensors: .* by --pooling mean, not eos"):
+        started("refused")
+    file.unlink()
+    anew = started("anew", "--pooling mean")
+    assert not any(torch.equal(anew[f"retriever {name}"], t) for name, t in truth.items())
+    started("eos")
+    assert not (tmp_path / "eos/retriever/pooling.safetensors").exists()
+    assert evaluated("eos") != after
+
+
+def test_held_out_groups_are_not_trained_on_but_diagnosed(tmp_path):
+    method = MEAN.replace("groups 2", "groups 3"), "--eval_every 2"
+    train.main(arguments(tmp_path, "out", *method))
+    lines = (tmp_path / "groups.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fewer").write_text("".join(lines[:9]))
+    train.main(arguments(tmp_path, "less", *method, f"--data {tmp_path}/fewer --heldout_groups 0"))
+    same(tmp_path / "out", tmp_path / "less", logs=False)  # what standardises, too
+    rows = [row for row in metrics(tmp_path / "out") if "heldout_loss" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 5] and len(metrics(tmp_path / "less")) == 5
+
+    lm, base = Llama.from_pretrained(tmp_path / "base"), tmp_path / "base"
+    load_adapter(lm, tmp_path / "out/lm")
+    retriever = Retriever.from_pretrained(base, tmp_path / "out/retriever")
+    revela = Revela(retriever, lm, 0.05, True, 0.25, convex=True, start=0.5).eval()
+    tokenizer, total = retriever.tokenizer, {"retriever": 0, "uniform": 0, "alone": 0}
+    groups = [[(json.loads(line)[:3], None)] for line in lines]
+    batches = [collate(group, tokenizer, tokenizer, 157, True) for group in groups]
+    first = Retriever(Llama.from_pretrained(base, head=False), tokenizer, "mean")
+    first.standardise(batches[:9])  # before the first update, on what is trained on
+    torch.testing.assert_close((retriever.mean, retriever.std), (first.mean, first.std))
+    for i, batch in enumerate(batches[9:]):
+        losses, w = revela.diagnose(batch)
+        total = {name: total[name] + loss.item() / 3 for name, loss in losses.items()}
+        if i == 0:
+            assert rows[-1]["weights"] == [pytest.approx(w_i, abs=1e-4) for w_i in w[0].tolist()]
+    assert rows[-1]["heldout_loss"] == pytest.approx(total, rel=1e-5)
+    assert rows[0]["weights"] != rows[-1]["weights"]
 
 
 def test_evaluation_does_not_change_training(tmp_path):
@@ -389,18 +474,21 @@ def test_the_toy_world_is_learned_and_only_through_in_batch_attention(tmp_path, 
 # fmt: off
 RECIPES = {
     "small": dict(
-        dtype="bfloat16", first_half=True, passage_max_len=64, inbatch_scale=0.1, v_norm=False,
-        attn_temperature=0.02, lora_r=32, lora_alpha=64, lora_dropout=0, learning_rate=6e-4,
-        warmup_steps=10, gradient_accumulation_steps=1, max_steps=60),
+        dtype="bfloat16", first_half=True, passage_max_len=64, inbatch_scale=0.25, v_norm=False,
+        attn_temperature=0.1, lora_r=32, lora_alpha=64, lora_dropout=0, learning_rate=6e-4,
+        warmup_steps=10, gradient_accumulation_steps=1, max_steps=100, pooling="mean",
+        inbatch_form="convex", inbatch_start=0.5, heldout_groups=8),
     "published": dict(
         dtype="bfloat16", first_half=True, passage_max_len=157, inbatch_scale=1, v_norm=True,
         attn_temperature=1e-4, lora_r=256, lora_alpha=64, lora_dropout=0.1, learning_rate=1e-4,
         warmup_steps=100, gradient_accumulation_steps=0, max_steps=0, num_train_epochs=1,
-        train_group_size=16, groups_per_device=1),
+        train_group_size=16, groups_per_device=1, pooling="eos", inbatch_form="sum",
+        inbatch_start=0, heldout_groups=0),
     "toy": dict(
         dtype="float32", first_half=False, passage_max_len=157, inbatch_scale=1, v_norm=True,
         attn_temperature=0.05, lora_r=0, learning_rate=2e-3, warmup_steps=50, max_steps=500,
-        groups_per_device=2, gradient_accumulation_steps=1),
+        groups_per_device=2, gradient_accumulation_steps=1, pooling="eos", inbatch_form="sum",
+        inbatch_start=0),
 }
 # fmt: on
 
@@ -432,7 +520,7 @@ NUMBERS = [name for name, (default, *_) in train.FLAGS.items() if type(default) 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_beyond_its_limits_is_refused_by_name_before_anything_is_loaded(name, capsys):
     values = {"-2": False, "nan": False, "inf": False, "-1": name in OFF, "0": name not in POSITIVE}
-    if name in ("train_group_size", "passage_max_len", "lora_dropout"):
+    if name in ("train_group_size", "passage_max_len", "lora_dropout", "inbatch_start"):
         values["1"] = False
     for value, taken in values.items():
         words = ["--model", "nowhere", "--data", "nowhere", f"--{name}", value]
@@ -459,6 +547,7 @@ def test_bad_commands_are_one_sentence_and_leave_the_run_folder_usable(tmp_path,
         "--data groups.jsonl.gz": "gunzip",
         "--model none": "config.json does not exist",
         "--model cut": "model.safetensors is damaged or incomplete",
+        "--heldout_groups 12": "--heldout_groups 12: --data has 12 groups",
         "--lora_target_modules q_proj,w": "LoRA target w is unknown",
         "--eval_data none": "none/corpus.jsonl",
         "--device cuda": "--device cuda is not there; here are: .*cpu",
