@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, partialmethod
 from itertools import permutations
 from pathlib import Path
 from threading import Barrier
@@ -616,3 +616,19 @@ def test_of_two_runs_that_find_one_out_empty_exactly_one_goes_on(tmp_path, monke
     monkeypatch.setattr(Path, "iterdir", iterdir)
     with ThreadPoolExecutor(2) as threads:
         assert sum(threads.map(starts, range(2))) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler itself
+def test_compiled_blocks_compute_the_same(tmp_path, monkeypatch):
+    capture = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # needs no C++ compiler
+    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    for name, more in (("plain", ""), ("compiled", "--compile")):
+        train.main(
+            arguments(
+                tmp_path,
+                name,
+                "--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps 2",
+                more,
+            )
+        )
+    same(tmp_path / "plain", tmp_path / "compiled", 1e-5, logs=False)
