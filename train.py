@@ -450,7 +450,7 @@ def peak_memory(device):
     """The most memory that this process has held so far, in GB: of the GPU, else of RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "linux":  # where ru_maxrss begins with the parent's
+    with suppress(OSError, IndexError):  # on Linux, where ru_maxrss begins with the parent's
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9  # it is in KiB
     import resource  # here, since Windows lacks it
