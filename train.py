@@ -350,7 +350,7 @@ def explained(step, rank, read):
 
 # Arguments that may change when a run is resumed. They change nothing but rounding, and with
 # --groups_per_device the dropout; the content of --data, --model and --lm is compared instead, a
-# recipe's values are compared one by one, and an adapter decides no more than the start.
+# recipe's values are compared one by one, and of an adapter, which is the start, its LoRA's form.
 FREE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
 eval_every eval_data save_steps""".split()
@@ -415,6 +415,7 @@ def identify(args, groups, per_update, retriever, lm):
     identity |= {"processes x --groups_per_device x --gradient_accumulation_steps": per_update}
     for name, llama in (("retriever", retriever), ("language model", lm)):
         identity |= {f"the {name}'s {k}": value for k, value in vars(llama.config).items()}
+        identity[f"the {name}'s LoRA"] = llama.lora  # that of a given adapter, not of the flags
     return identity
 
 

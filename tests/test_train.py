@@ -431,6 +431,15 @@ def test_training_starts_from_given_adapters(tmp_path):
         train.main(arguments(tmp_path, "d", moved, "--lora_r 0"))
 
 
+def test_a_resume_without_the_adapter_that_it_began_with_is_refused(tmp_path):
+    train.main(arguments(tmp_path, "a", "--max_steps 1"))
+    for name, more in (("retriever", "--lora_alpha 16"), ("lm", "--freeze_lm")):
+        args = arguments(tmp_path, name, "--max_steps 1", more)
+        train.main([*args, f"--{name}_adapter", f"{tmp_path}/a/{name}"])
+        with pytest.raises(ValueError, match="LoRA was {.* there, now it is"):
+            train.main([*args, "--resume"])
+
+
 def test_peak_memory_is_this_process_own_and_known_everywhere(monkeypatch):
     torch.ones(2**28)  # a gigabyte
     whole = train.peak_memory(cpu := torch.device("cpu"))
