@@ -78,7 +78,7 @@ class Retriever(nn.Module):
         config = read_json(theirs) if theirs.exists() else {}
         modes = [f"{k} {v}" for k, v in config.items() if k.startswith("pooling_mode") and v]
         if modes and not all(("mean" if pooling == "mean" else "lasttoken") in m for m in modes):
-            raise ValueError(f"{theirs} has {modes}; need lasttoken, or mean with our {POOLING}")
+            raise ValueError(f"{theirs}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
         retriever.load_pooling(folder)
         return retriever
