@@ -133,7 +133,7 @@ FLAGS = {
     "eval_data": ([], "test collections to evaluate on, folders in BEIR layout"),
     "heldout_groups": (
         0,
-        "last groups of --data, not trained on: what are the weights worth there?",
+        "last groups of --data, at most half: not trained on; what are the weights worth there?",
     ),
 }
 STANDARD = 25  # groups from whose passages a retriever's mean and deviation are taken
@@ -657,9 +657,7 @@ def train(args, device, rank, world):
     # -- data, and where it goes on
     groups = Groups(args.data, args.train_group_size)
     collections = read_collections(args.eval_data)
-    n_groups = len(groups) - args.heldout_groups
-    if n_groups <= 0:
-        raise ValueError(f"--heldout_groups {args.heldout_groups}: --data has {len(groups)} groups")
+    n_groups = len(groups) - min(args.heldout_groups, len(groups) // 2)
     accumulation = args.gradient_accumulation_steps
     accumulation = accumulation or max(1, 32 // (world * args.groups_per_device))
     per_update = world * accumulation * args.groups_per_device

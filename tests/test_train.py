@@ -344,7 +344,7 @@ def test_what_standardises_stays_with_the_retriever(tmp_path, lora):
     assert evaluated("eos") != after
 
 
-def test_held_out_groups_are_not_trained_on_but_diagnosed(tmp_path):
+def test_held_out_groups_are_not_trained_on_but_diagnosed(tmp_path, capsys):
     method = MEAN.replace("groups 2", "groups 3"), "--eval_every 2"
     train.main(arguments(tmp_path, "out", *method))
     lines = (tmp_path / "groups.jsonl").read_text().splitlines(keepends=True)
@@ -371,6 +371,8 @@ def test_held_out_groups_are_not_trained_on_but_diagnosed(tmp_path):
             assert rows[-1]["weights"] == [pytest.approx(w_i, abs=1e-4) for w_i in w[0].tolist()]
     assert rows[-1]["heldout_loss"] == pytest.approx(total, rel=1e-5)
     assert rows[0]["weights"] != rows[-1]["weights"]
+    train.main(arguments(tmp_path, "half", *method, "--heldout_groups 99 --max_steps 1"))
+    assert "epochs of 6 groups" in capsys.readouterr().out
 
 
 def test_evaluation_does_not_change_training(tmp_path):
@@ -567,7 +569,6 @@ def test_bad_commands_are_one_sentence_and_leave_the_run_folder_usable(tmp_path,
         "--data groups.jsonl.gz": "gunzip",
         "--model none": "config.json does not exist",
         "--model cut": "model.safetensors is damaged or incomplete",
-        "--heldout_groups 12": "--heldout_groups 12: --data has 12 groups",
         "--lora_target_modules q_proj,w": "LoRA target w is unknown",
         "--eval_data none": "none/corpus.jsonl",
         "--device cuda": "--device cuda is not there; here are: .*cpu",
