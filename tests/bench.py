@@ -196,7 +196,7 @@ def main():
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ours against plain:")
     for tau, errors in (row("compare") or {}).items():
-        print("  tau {}: loss {:.0e}, gradients {:.0e} {:.0e}".format(tau, *errors))
+        print("  {}: loss {:.0e}, gradients {:.0e} {:.0e}".format(tau, *errors))
     for recipe in a.recipe:
         for part in a.parts:
             if r := row(part, recipe):

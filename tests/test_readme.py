@@ -99,5 +99,16 @@ def test_every_link_leads_somewhere(page):
             assert re.search(rf"^ *((def|class) )?{code[1]}\b", target.read_text(), re.M), name
 
 
+def test_the_recipes_tables_are_what_its_raw_numbers_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "assets")
+    import tables
+
+    readme, results = ((ROOT / page).read_text() for page in ("README.md", "assets/RESULTS.md"))
+    for line in tables.recipe():
+        assert line in readme and line in results
+    for line in [*tables.gains(), *tables.pilots()]:
+        assert line in results
+
+
 def test_the_readme_is_read_in_one_sitting():
     assert len((ROOT / "README.md").read_bytes()) < 10_240
