@@ -67,7 +67,7 @@ def weights(run, at):
         names = [re.search("[A-Z][a-z]+ [A-Z][a-z]+", text)[0] for text in texts]
         order = sorted(order, key=names.__getitem__)
     picture = figure.Figure(figsize=(3 * len(at), 3.6), layout="constrained")
-    for axes, step in zip(picture.subplots(1, len(at)), at):
+    for axes, step in zip(picture.subplots(1, len(at), squeeze=False)[0], at):
         w = [[rows[step]["weights"][i][j] for j in order] for i in order]
         axes.imshow(w, cmap="Blues", vmin=0, vmax=1)
         ndcg = f"\nnDCG@10 {rows[step]['ndcg@10']:.2f}" if "ndcg@10" in rows[step] else ""

@@ -322,6 +322,18 @@ def test_plots_draw_what_the_files_say(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         plot.main(["updates", "c.svg", "a"])  # it exists
 
+    w = [[0, 0.1, 0.9], [0.3, 0, 0.7], [0.8, 0.2, 0]]
+    texts = ["They ask Bo Zed for figs.", "Al Cy is a poet.", "The town of Bo Zed is Ash."]
+    Path("groups").write_text(json.dumps(["a"] * 3) + "\n" + json.dumps(texts) + "\n")
+    config = {"recipe": "toy", "data": "groups", "heldout_groups": 1, "train_group_size": 3}
+    Path("a/config.json").write_text(json.dumps(config))
+    Path("a/metrics.jsonl").write_text(json.dumps({"step": 5, "weights": w, "ndcg@10": 0.4}))
+    plot.main(["weights", "w.svg", "a", "--at", "5"])
+    (axes,) = drawn[-1].axes
+    by_person = [[w[i][j] for j in (1, 0, 2)] for i in (1, 0, 2)]
+    assert axes.images[0].get_array().tolist() == by_person
+    assert axes.get_title() == "update 5\nnDCG@10 0.40"
+
 
 if __name__ == "__main__":
     golden = Path(__file__).parent / "golden/families"
