@@ -239,10 +239,10 @@ class BM25:
         return scores
 
 
-def bm25_run(collection, k=1000, index=None, english=False):
+def bm25_run(collection, k=1000, index=None):
     """The run of BM25. Documents that share no word with the query are not results."""
     corpus, queries, _ = collection
-    docids, index, run = list(corpus), index or BM25(corpus.values(), english), {}
+    docids, index, run = list(corpus), index or BM25(corpus.values()), {}
     for qid, text in queries.items():
         scores = index.scores(text)
         best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
@@ -328,11 +328,15 @@ def write_json(file, value):
 
 
 def write_encoding(folder, max_len=512):
-    """Say in `folder`, in sentence-transformers' words, how texts become vectors."""
+    """Say in `folder`, in sentence-transformers' words, how texts become vectors.
+
+    With mean pooling they read no EOS, so their length is one less than ours.
+    """
     prompts = PREFIX | {"document": PREFIX["passage"]}
     config = {"prompts": prompts, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
     write_json(Path(folder, "config_sentence_transformers.json"), config)
-    lengths = {"max_seq_length": max_len, "do_lower_case": False}
+    mean = Path(folder, POOLING).exists()
+    lengths = {"max_seq_length": max_len - mean, "do_lower_case": False}
     write_json(Path(folder, "sentence_bert_config.json"), lengths)
 
 
@@ -350,7 +354,7 @@ def read_max_len(folder):
     length = read_json(file).get(name)
     if length is None:
         return 512
-    mean = (folder / POOLING).exists()  # there the export reads no EOS
+    mean = (folder / POOLING).exists()
     check(f"{file}: {name}", length, 2 - mean, 2**20, int)
     return length + mean
 
@@ -399,7 +403,7 @@ def export(retriever, folder, max_len=512):
     write_json(folder / "modules.json", modules)
     write_json(folder / "tokenizer_config.json", config)
     retriever.save_pooling(folder)
-    write_encoding(folder, max_len - mean)
+    write_encoding(folder, max_len)
 
 
 def mteb_results(folder, tasks):
@@ -520,7 +524,8 @@ def evaluate(args, retriever, options, say):
                     retriever, collection, args.top_k, files.get(name), **options
                 )
             elif system == "bm25" and args.bm25:
-                runs[system] = bm25_run(collection, args.top_k, english=args.english)
+                index = BM25(corpus.values(), args.english)
+                runs[system] = bm25_run(collection, args.top_k, index)
             elif system == "fused" and len(runs) == 2:
                 runs[system] = fuse(runs["dense"], runs["bm25"])
             else:

@@ -75,9 +75,10 @@ class Retriever(nn.Module):
         folder = find(adapter or base)
         pooling = "mean" if (folder / POOLING).exists() else "eos"
         theirs = folder / "1_Pooling/config.json"  # sentence-transformers'
+        need = {"eos": "lasttoken", "mean": "mean"}[pooling]
         config = read_json(theirs) if theirs.exists() else {}
         modes = [f"{k} {v}" for k, v in config.items() if k.startswith("pooling_mode") and v]
-        if modes and not all(("mean" if pooling == "mean" else "lasttoken") in m for m in modes):
+        if not all(need in mode for mode in modes):
             raise ValueError(f"{theirs}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
         retriever.load_pooling(folder)
@@ -164,15 +165,24 @@ class Revela(nn.Module):
         """batch {query,passage,lm}_{ids,mask}, each [G, B, T] -> mean loss over its targets."""
         q, p = self.embed(batch)
         w = in_batch_weights(q, p, self.attn_temperature)
-        ids, mask = batch["lm_ids"], batch["lm_mask"]
-        hidden = two_streams(self.lm, ids, mask, w, **self.streams)
-        loss = self.cross_entropy(hidden, batch)
+        loss = self.loss_in_batch(batch, w)
         self.stats = observe(loss, w, p)
         if self.dual_loss:
-            context_loss = self.cross_entropy(self.lm(ids.flatten(0, 1)).view_as(hidden), batch)
+            context_loss = self.loss_alone(batch)
             self.stats["context_loss"] = context_loss.detach()
             loss = loss + context_loss
         return loss
+
+    def loss_in_batch(self, batch, w):
+        """The next-token loss of passages that read each other by the weights w [G, B, B]."""
+        hidden = two_streams(self.lm, batch["lm_ids"], batch["lm_mask"], w, **self.streams)
+        return self.cross_entropy(hidden, batch)
+
+    def loss_alone(self, batch):
+        """The next-token loss of passages alone: that of the context stream."""
+        ids = batch["lm_ids"]
+        hidden = self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])  # [G, B, T, D]
+        return self.cross_entropy(hidden, batch)
 
     def embed(self, batch):
         """The queries and passages of a batch, q and p [G, B, D]."""
@@ -190,14 +200,14 @@ class Revela(nn.Module):
 
         Returns {name: scalar tensor}, and the weights [G, B, B].
         """
-        ids, mask, w = batch["lm_ids"], batch["lm_mask"], self.weights(batch)
-        uniform = in_batch_weights(q := torch.zeros_like(w), q, 1.0)
-        hidden = {
-            "retriever": two_streams(self.lm, ids, mask, w, **self.streams),
-            "uniform": two_streams(self.lm, ids, mask, uniform, **self.streams),
-            "alone": self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]),
+        w = self.weights(batch)
+        alike = torch.zeros_like(w)  # all similarities are equal
+        losses = {
+            "retriever": self.loss_in_batch(batch, w),
+            "uniform": self.loss_in_batch(batch, in_batch_weights(alike, alike, 1.0)),
+            "alone": self.loss_alone(batch),
         }
-        return {name: self.cross_entropy(h, batch) for name, h in hidden.items()}, w
+        return losses, w
 
     def targets(self, batch):
         """[G, B, T-1] bool: the tokens, from the second on, that are predicted.
@@ -459,9 +469,7 @@ class Control(Revela):
     """Plain language modelling: no in-batch attention, so nothing reaches the retriever."""
 
     def forward(self, batch):
-        ids = batch["lm_ids"]
-        hidden = self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])  # [G, B, T, D]
-        loss = self.cross_entropy(hidden, batch)
+        loss = self.loss_alone(batch)
         self.stats = {"loss": loss.detach()}
         return loss
 

@@ -376,7 +376,7 @@ def save_models(revela, folder, args, rank):
                 shutil.copyfile(find(bases[name]) / file, folder / name / file)
     if rank == 0:
         revela.retriever.save_pooling(folder / "retriever")
-        write_encoding(folder / "retriever", 512 - (args.pooling == "mean"))
+        write_encoding(folder / "retriever")
 
 
 def save_checkpoint(folder, step, revela, optimizer, identity, rank):

@@ -20,7 +20,7 @@ import torch
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def functions(lines, tree):
+def functions(tree):
     """(first line, end, docstring's first line, its end, first sentence) of documented functions.
 
     Lines are counted from 0, and the end is the first line that no longer belongs.
@@ -51,7 +51,7 @@ def main():
         source = file.read_text(encoding="utf-8")
         lines, cut = source.splitlines(), set()
         name = file.relative_to(package.parent).as_posix()
-        for first, end, doc, doc_end, sentence in functions(lines, ast.parse(source)):
+        for first, end, doc, doc_end, sentence in functions(ast.parse(source)):
             cut |= set(range(doc, doc_end))
             body = [
                 line for n, line in enumerate(lines[first:end], first) if not doc <= n < doc_end

@@ -244,6 +244,7 @@ def test_groups_by_similarity_are_runs_of_documents_alike():
     assert groups != group_by_similarity(docs, 6, 2, seed=2, nearest=8)
     blocks = group_by_similarity(docs, 6, 2, seed=1, block=23)
     assert 15 < len(blocks) and len({p for g in blocks for p in g}) == 6 * len(blocks)
+    assert len({place[p][0] for g in blocks for p in g}) > 23, "of all blocks"
 
 
 def test_the_command_makes_groups_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
@@ -275,6 +276,7 @@ def test_the_command_makes_groups_and_overwrites_nothing(tmp_path, monkeypatch, 
         ("docs.jsonl.gz", {"group_size": 999}, "too few for a group of 999"),
         ("docs.jsonl.gz", {"group_size": 1}, "--group_size is 1; need"),
         ("docs.jsonl.gz", {"similar": True}, "--similar, --run_length must divide --group_size"),
+        ("docs.jsonl.gz", {"similar": True, "run_length": 5}, "--run_length must divide"),
         ("docs.jsonl.gz", {"max_words": 0}, "--max_words is 0; need"),
         ("docs.jsonl.gz", {"out": tmp_path / "no/x.jsonl"}, "no folder .*no; make it first"),
         ("none.jsonl", {}, "none.jsonl does not exist"),

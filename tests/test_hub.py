@@ -34,7 +34,7 @@ def hub(tmp_path):
     shutil.copy(tmp_path / "mean/pooling.safetensors", folder)
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
-    write_encoding(folder, 63)
+    write_encoding(folder, 64)
     sent = []
 
     class Handler(BaseHTTPRequestHandler):
