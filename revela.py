@@ -479,7 +479,8 @@ class Contrastive(Revela):
 
         loss = mean over i of -log of (softmax over all j of s_ij / tau) at j = i
 
-    `collate(..., apart=True)` makes the batches. The language model is not used.
+    `collate(..., apart=True)` makes the batches. The rests of other documents are its negatives if
+    the groups are made by `data.py --run_length 1`. The language model is not used.
     """
 
     def count(self, batch):
@@ -499,14 +500,15 @@ class Replug(Contrastive):
 
         l_ij = mean over the second half of D_i's tokens of log p_lm(token | D_j, D_i before it)
         P_i  = softmax over j != i of s_ij / tau         Q_i = softmax over j != i of l_ij / beta
-        loss = mean over i of KL(P_i || Q_i) = sum over j of P_ij log(P_ij / Q_ij)
+        loss = mean over i of KL(Q_i || P_i) = sum over j of Q_ij log(Q_ij / P_ij)
 
-    This is the paper's direction, from its P_R, which learns, to its Q_LM. beta: `lm_temperature`.
+    This is the direction that Revela's authors compare with. `reverse_kl`: KL(P_i || Q_i), as the
+    REPLUG paper has it. beta: `lm_temperature`.
     """
 
-    def __init__(self, *method, lm_temperature, **options):
+    def __init__(self, *method, lm_temperature, reverse_kl=False, **options):
         super().__init__(*method, **options)
-        self.lm_temperature = lm_temperature
+        self.lm_temperature, self.reverse_kl = lm_temperature, reverse_kl
 
     def forward(self, batch):
         q, p = self.embed(batch)
@@ -518,7 +520,8 @@ class Replug(Contrastive):
 
         log_p = log_softmax(similarities(q, p) / self.attn_temperature)
         log_q = log_softmax(likelihoods / self.lm_temperature)
-        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        truth, model = (log_p, log_q) if self.reverse_kl else (log_q, log_p)
+        loss = (truth.exp() * (truth - model)).sum(-1).mean()
         self.stats = observe(loss, log_p.exp(), p)
         return loss
 

@@ -87,6 +87,7 @@ FLAGS = {
     "objective": (("revela", "replug", "contrastive"), "the others are to compare with"),
     "attn_temperature": (1e-4, "tau of the softmax over similarities", 1e-9),
     "lm_temperature": (0.1, "replug: beta of the softmax over likelihoods", 1e-9),
+    "reverse_kl": (False, "replug: minimise KL(P||Q), as its paper, and not KL(Q||P)"),
     "pooling": (("eos", "mean"), "a text's vector: state at the EOS, or standardised mean of all"),
     "inbatch_scale": (1.0, "factor on what passages read from each other"),
     "inbatch_form": (("sum", "convex"), "convex: a passage's own reading weighs 1 - inbatch_scale"),
@@ -203,7 +204,9 @@ def build_models(args, dtype, device):
 def build_objective(args, retriever, lm):
     """The module whose forward is the loss of a batch."""
     objectives = {"revela": Revela, "contrastive": Contrastive}
-    objectives["replug"] = partial(Replug, lm_temperature=args.lm_temperature)
+    objectives["replug"] = partial(
+        Replug, lm_temperature=args.lm_temperature, reverse_kl=args.reverse_kl
+    )
     method = args.attn_temperature, args.v_norm, args.inbatch_scale, args.dual_loss
     form = args.inbatch_form == "convex", args.inbatch_start
     objective = Control if args.no_inbatch else objectives[args.objective]

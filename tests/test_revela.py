@@ -100,9 +100,10 @@ def test_loss_and_gradients_equal_naive_loops(case, tmp_path):
 
 OBJECTIVES = {"revela": Revela, "contrastive": Contrastive}
 OBJECTIVES["replug"] = partial(Replug, lm_temperature=0.3)
+OBJECTIVES["reverse"] = partial(Replug, lm_temperature=0.3, reverse_kl=True)
 
 
-@pytest.mark.parametrize("name", ["replug", "contrastive"])
+@pytest.mark.parametrize("name", ["replug", "reverse", "contrastive"])
 def test_a_baselines_loss_and_gradients_equal_naive_loops(name, tmp_path):
     apart = name == "contrastive"
     retriever, lm, batch = make(tmp_path, apart=apart, **({} if apart else QWEN2))
@@ -125,7 +126,9 @@ def test_a_baselines_loss_and_gradients_equal_naive_loops(name, tmp_path):
                 truth = truth - P[i].log() / 6
             else:
                 l_i = torch.stack([naive.likelihood(w_lm, c, texts[j], texts[i]) for j in js])
-                truth = truth + (P * (P / (l_i.detach() / 0.3).softmax(0)).log()).sum() / 6
+                Q = (l_i.detach() / 0.3).softmax(0)
+                one, other = (P, Q) if name == "reverse" else (Q, P)
+                truth = truth + (one * (one / other).log()).sum() / 6
             largest += P.max().item() / 6
     truth.backward()
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
