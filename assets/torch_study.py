@@ -13,11 +13,13 @@ import inspect
 import json
 import random
 import re
+import textwrap
 from pathlib import Path
 
 import torch
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+DOCUMENTS, QUERIES = 2000, 500
 
 
 def functions(tree):
@@ -37,8 +39,6 @@ def functions(tree):
 def main():
     parser = argparse.ArgumentParser(description="Make a test collection of torch's own source.")
     parser.add_argument("out", help="folder to write; must not exist")
-    parser.add_argument("--documents", type=int, default=2000)
-    parser.add_argument("--queries", type=int, default=500)
     args = parser.parse_args()
     folder, package = Path(args.out), Path(torch.__file__).parent
     if folder.exists():
@@ -53,26 +53,23 @@ def main():
         name = file.relative_to(package.parent).as_posix()
         for first, end, doc, doc_end, sentence in functions(ast.parse(source)):
             cut |= set(range(doc, doc_end))
-            body = [
-                line for n, line in enumerate(lines[first:end], first) if not doc <= n < doc_end
-            ]
-            if end - first - (doc_end - doc) >= 5 and 5 <= len(sentence.split()) <= 40:
-                found.setdefault(
-                    sentence, (f"{name}:{first + 1}", inspect.cleandoc("\n".join(body)))
-                )
+            body = lines[first:doc] + lines[doc_end:end]
+            if len(body) >= 5 and 5 <= len(sentence.split()) <= 40:
+                document = f"{name}:{first + 1}", textwrap.dedent("\n".join(body))
+                found.setdefault(sentence, document)
         text = "\n".join(line for n, line in enumerate(lines) if n not in cut)
         modules.append({"_id": name, "text": text})
     rng = random.Random(0)
-    chosen = rng.sample(sorted(found.items()), min(args.documents, len(found)))
+    chosen = rng.sample(sorted(found.items()), min(DOCUMENTS, len(found)))
     rows = {
         "corpus": [{"_id": place, "title": "", "text": body} for _, (place, body) in chosen],
-        "queries": [{"_id": f"q{i}", "text": s} for i, (s, _) in enumerate(chosen[: args.queries])],
+        "queries": [{"_id": f"q{i}", "text": s} for i, (s, _) in enumerate(chosen[:QUERIES])],
         "docs": modules,
     }
     for name, values in rows.items():
         lines = "".join(json.dumps(value) + "\n" for value in values)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    pairs = [f"q{i}\t{place}\t1" for i, (_, (place, _)) in enumerate(chosen[: args.queries])]
+    pairs = [f"q{i}\t{place}\t1" for i, (_, (place, _)) in enumerate(chosen[:QUERIES])]
     judged = "\n".join(["query-id\tcorpus-id\tscore", *pairs])
     (folder / "qrels/test.tsv").write_text(judged + "\n", encoding="utf-8")
     print(f"{folder}: {len(found):,} documented functions, {len(chosen):,} of them documents;")

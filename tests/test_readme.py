@@ -110,5 +110,66 @@ def test_the_recipes_tables_are_what_its_raw_numbers_say(monkeypatch):
         assert line in results
 
 
+def test_the_source_of_a_package_becomes_a_collection_and_texts_to_train_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "assets")
+    import torch_study
+
+    (tmp_path / "torch/testing").mkdir(parents=True)
+    (tmp_path / "torch/testing/later.py").write_text("not Python")
+    (tmp_path / "torch/module.py").write_text(SOURCE)
+    (tmp_path / "torch/other.py").write_text("x = 1\n")
+    monkeypatch.setattr("torch.__file__", str(tmp_path / "torch/__init__.py"))
+    monkeypatch.setattr("sys.argv", ["torch_study.py", str(tmp_path / "study")])
+    torch_study.main()
+    corpus, queries, qrels = data.read_beir(tmp_path / "study")
+    places = {docid: list(grades) for docid, grades in qrels.items()}
+    assert sorted(queries.values()) == ["Add one to x, then two.", "Give back what was given."]
+    found = {queries[qid]: corpus[docid] for qid, [docid] in places.items()}
+    assert found["Add one to x, then two."].splitlines() == ADD and len(corpus) == 2
+    assert found["Give back what was given."].splitlines()[:2] == ["@cache", "def same(self, x):"]
+    docs = [row for _, row in data.read_lines(tmp_path / "study/docs.jsonl")]
+    assert [row["_id"] for row in docs] == ["torch/module.py", "torch/other.py"]
+    text = docs[0]["text"]
+    assert not any(query in text for query in queries.values()) and "short(x)" in text
+    assert text.startswith('"""What a module says of itself stays."""') and "\n".join(ADD) in text
+    with pytest.raises(SystemExit):
+        torch_study.main()  # nothing is overwritten
+
+
+ADD = ["def add(x):", *["    x = x + 1"] * 3, "    return x"]
+SOURCE = '''"""What a module says of itself stays."""
+
+def add(x):
+    """Add one
+    to x, then two. And more.
+
+    Not this."""
+    x = x + 1
+    x = x + 1
+    x = x + 1
+    return x
+
+class A:
+    @cache
+    def same(self, x):
+        """Give back what was given."""
+
+        y = x  # which
+        del x
+        return y
+
+    def short(x):
+        """This body is much too short."""
+        return x
+
+    def says_little(x):
+        """Says little."""
+        x = x + 1
+        x = x + 1
+        x = x + 1
+        return x
+'''
+
+
 def test_the_readme_is_read_in_one_sitting():
     assert len((ROOT / "README.md").read_bytes()) < 10_240
