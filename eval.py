@@ -152,7 +152,7 @@ def first(collection, qid, pairs, k):
 
 
 def dense_run(retriever, collection, k=1000, out=None, **encode):
-    """The run of a Retriever on (corpus, queries, qrels). `out`: see `revela.encode`.
+    """The run of a Retriever on (corpus, queries, qrels). `out`: see `revela.encode_texts`.
 
     Under `torchrun` every process must call this, and gets the whole run: each encodes and searches
     its part of the documents (and writes it to `out` with ".RANK-of-WORLD" before the suffix).

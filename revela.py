@@ -1,24 +1,24 @@
 """Revela: a retriever that is trained by nothing but language modelling.
 
-A retriever embeds the B passages of a group; a language model predicts the tokens of each passage
-while it reads, in every block, the other passages, and how much it sees of each is decided by the
-retriever. To predict well, the language model needs the right passages in view; the next-token loss
-therefore teaches the retriever what is relevant.
+A retriever embeds the B passages of a group. A language model predicts the tokens of each passage.
+In every block it reads the other passages, too, and the retriever decides how much of each. To
+predict well it needs the right passages in view. So its next-token loss teaches the retriever what
+is relevant.
 
     1. embed        p_i = unit(retriever("passage: " D_i EOS))
                     q_i = unit(retriever("query: " D_i EOS)), of D_i or of its first half
     2. similarity   s_ij = q_i . p_j,    w_i = softmax over j != i of s_ij / tau
     3. two streams  of the same language model, each passage at positions 0 to T-1 in both
-                    context stream:   the plain causal pass, which leaves keys and values K_j, V_j
-                                      in every block
-                    in-batch stream:  out_i = causal_attention_i + scale * sum over j of w_ij C_ij
-                                      (causal: over its own keys and values; C_ij: what the tokens
-                                      of D_i read from K_j, V_j: `model.in_batch_attention`)
-    4. loss         next-token cross-entropy of the in-batch stream; the retriever learns through w
-                    alone
+                    context stream:   the plain causal pass; leaves keys and values K_j, V_j in
+                                      every block
+                    in-batch stream:  out_i = own_i + scale * sum over j of w_ij C_ij
+                                      own_i: causal attention of D_i to itself
+                                      C_ij: attention of D_i to K_j, V_j (`in_batch_attention`)
+    4. loss         next-token cross-entropy of the in-batch stream; both models learn from it, the
+                    retriever through w alone
 
-The path from a text to the loss comes first; then `encode`, which is what one wants of a trained
-retriever; last other objectives on the same batches, to compare with.
+The path from a text to the loss comes first. Then comes `encode_texts`, which is what one wants of
+a trained retriever. Last are other objectives on the same batches, to compare with.
 
     retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
     vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
@@ -57,10 +57,10 @@ class Retriever(nn.Module):
     def __init__(self, llama, tokenizer=None, pooling="eos"):
         super().__init__()
         self.llama, self.tokenizer, self.pooling = llama, tokenizer, pooling
-        size, device = llama.config.hidden_size, llama.embed_tokens.weight.device
-        standardised = pooling == "mean"  # with 0 and 1 until `standardise` or `load` was here
-        self.register_buffer("mean", torch.zeros(size, device=device) if standardised else None)
-        self.register_buffer("std", torch.ones(size, device=device) if standardised else None)
+        zero = torch.zeros(llama.config.hidden_size, device=llama.embed_tokens.weight.device)
+        standardised = pooling == "mean"  # by 0 and 1 until `standardise` or `load_pooling`
+        self.register_buffer("mean", zero if standardised else None)
+        self.register_buffer("std", zero + 1 if standardised else None)
 
     @classmethod
     def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
@@ -74,12 +74,7 @@ class Retriever(nn.Module):
         has_tokenizer = (find(base) / "tokenizer.json").exists()
         folder = find(adapter or base)
         pooling = "mean" if (folder / POOLING).exists() else "eos"
-        theirs = folder / "1_Pooling/config.json"  # sentence-transformers'
-        need = {"eos": "lasttoken", "mean": "mean"}[pooling]
-        config = read_json(theirs) if theirs.exists() else {}
-        modes = [f"{k} {v}" for k, v in config.items() if k.startswith("pooling_mode") and v]
-        if not all(need in mode for mode in modes):
-            raise ValueError(f"{theirs}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
+        check_pooling(folder / "1_Pooling/config.json", pooling)
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
         retriever.load_pooling(folder)
         return retriever
@@ -94,11 +89,11 @@ class Retriever(nn.Module):
     def pool(self, ids, mask):
         """ids, mask [N, T] -> one vector of each text [N, D] float32, before standardisation."""
         hidden = self.llama(ids)  # [N, T, D]
-        eos = mask.sum(-1) - 1  # [N]
+        n = mask.sum(-1) - 1  # [N]: tokens before the EOS, which is at position n
         if self.pooling == "eos":
-            return hidden[torch.arange(len(eos), device=eos.device), eos].float()
-        text = torch.arange(ids.shape[1], device=ids.device) < eos[:, None]  # [N, T]
-        return (hidden.float() * text[..., None]).sum(1) / eos[:, None].clamp(min=1)
+            return hidden[torch.arange(len(n), device=n.device), n].float()
+        text = torch.arange(ids.shape[1], device=n.device) < n[:, None]  # [N, T]
+        return (hidden.float() * text[..., None]).sum(1) / n[:, None].clamp(min=1)
 
     @torch.no_grad()
     def standardise(self, batches):
@@ -118,25 +113,37 @@ class Retriever(nn.Module):
             return False
         if self.pooling != "mean":
             raise ValueError(f"{file}: its retriever pools by --pooling mean, not {self.pooling}")
-        given, need = read_safetensors(file), {"mean": self.mean.shape, "std": self.std.shape}
-        fits = {name: t.shape for name, t in given.items()} == need
-        fits = fits and all(t.is_floating_point() for t in given.values())
-        if fits:
-            self.load_state_dict(given, strict=False)
-        finite = (self.mean.isfinite() & self.std.isfinite()).all()
-        if not fits or not finite or self.std.min() < 1e-30:
+
+        def fits(t):
+            floats = t.is_floating_point() and t.shape == self.mean.shape
+            return floats and t.float().isfinite().all()
+
+        given = read_safetensors(file)
+        fit = given.keys() == {"mean", "std"} and all(map(fits, given.values()))
+        if not fit or given["std"].float().min() < 1e-30:
             need = f"floats mean and std [{len(self.mean)}] and nothing else, finite, std above 0"
             raise ValueError(f"{file}: need {need}")
+        self.load_state_dict(given, strict=False)
         return True
 
     def save_pooling(self, folder):
-        """Write `mean` and `std`, if there are."""
+        """Write `mean` and `std` if there are any."""
         if self.pooling == "mean":
             save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, folder / POOLING)
 
     def encode(self, texts, kind="passage", **options):
-        """Texts -> unit vectors, float32 [N, D] on the CPU. See `encode` below."""
-        return encode(self, texts, kind, **options)
+        """Texts -> unit vectors, float32 [N, D] on the CPU. Options: see `encode_texts`."""
+        return encode_texts(self, texts, kind, **options)
+
+
+def check_pooling(file, pooling):
+    """Raise ValueError if sentence-transformers' `file` asks for another pooling than ours."""
+    config = read_json(file) if file.exists() else {}
+    # {"pooling_mode_lasttoken": true} in old files, {"pooling_mode": "lasttoken"} in new ones
+    modes = [f"{k} {v}" for k, v in config.items() if k.startswith("pooling_mode") and v]
+    need = {"eos": "lasttoken", "mean": "mean"}[pooling]
+    if not all(need in mode for mode in modes):
+        raise ValueError(f"{file}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,10 +208,10 @@ class Revela(nn.Module):
         Returns {name: scalar tensor}, and the weights [G, B, B].
         """
         w = self.weights(batch)
-        alike = torch.zeros_like(w)  # all similarities are equal
+        uniform = torch.ones_like(w) / (w.shape[-1] - 1)
         losses = {
             "retriever": self.loss_in_batch(batch, w),
-            "uniform": self.loss_in_batch(batch, in_batch_weights(alike, alike, 1.0)),
+            "uniform": self.loss_in_batch(batch, uniform),
             "alone": self.loss_alone(batch),
         }
         return losses, w
@@ -219,24 +226,26 @@ class Revela(nn.Module):
         return batch["lm_mask"][..., 1:] & (ids != (-1 if pad_id is None else pad_id))
 
     def count(self, batch):
-        """What the loss of `batch` is the mean of, counted: its targets. Weighs micro-batches."""
+        """How many targets the loss is the mean of: by it a micro-batch counts in an update."""
         return self.targets(batch).sum()
 
-    def cross_entropy(self, hidden, batch, chunk=2**23):
+    def cross_entropy(self, hidden, batch, max_logits=2**23):
         """Mean next-token loss of hidden [G, B, T, D] at the targets of the batch.
 
-        `chunk` logits exist at once: all of them would be large (16 x 157 x 128k floats: 1.3 GB).
+        All logits would be large (16 x 157 x 128k floats: 1.3 GB). So `max_logits` exist at once,
+        and the backward pass computes them again.
         """
         targets = self.targets(batch)
         hidden = hidden[..., :-1, :][targets]  # [M, D]
         ids = batch["lm_ids"][..., 1:][targets]  # [M]
 
-        def loss(hidden, ids):
+        def summed(hidden, ids):
             return F.cross_entropy(self.lm.logits(hidden).float(), ids, reduction="sum")
 
-        again = partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=False)
-        size = max(1, chunk // self.lm.config.vocab_size)
-        total = sum(again(h, i) for h, i in zip(hidden.split(size), ids.split(size)))
+        size = max(1, max_logits // self.lm.config.vocab_size)
+        total = 0
+        for part in zip(hidden.split(size), ids.split(size)):
+            total += checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False)
         return total / max(len(ids), 1)
 
 
@@ -256,10 +265,10 @@ def in_batch_weights(q, p, tau):
     return (s / tau).masked_fill(itself, -torch.inf).softmax(-1)
 
 
-# A passage whose weight is at most this is left out: what a row of 16 can lose by it is below the
-# rounding of float32. At tau = 1e-4 nearly all are, at 0.05 hardly any.
+# A passage whose weight is at most this is not read: a row of 16 loses at most 1.4e-7. Nearly all
+# weights are that small at tau = 1e-4, hardly any at 0.05.
 NEGLIGIBLE = 1e-8
-SCORES = 2**24  # attention scores that exist at once, for all heads: they fit into a CPU's cache
+MAX_SCORES = 2**24  # attention scores that exist at once: they fit into a CPU's cache
 
 
 def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, start=0.0):
@@ -268,32 +277,38 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     The context stream never sees another passage, so nothing of D_i comes back to D_i.
 
     ids, mask [G, B, T], weights [G, B, B] -> hidden states of the in-batch stream [G, B, T, D]
-    convex   causal_attention and what is read weigh 1 - scale and scale, instead of 1 and scale
+    convex   own_i and what is read weigh 1 - scale and scale, instead of 1 and scale
     start    share of the blocks, from the first on, in which passages do not read each other
     """
     G, B, T = ids.shape
     cos, sin = rope(lm.config, T, ids.device)
-    weights = weights.masked_fill(torch.eye(B, dtype=torch.bool, device=ids.device), 0)
-    plan = in_batch_plan(weights, NEGLIGIBLE, SCORES // (lm.config.num_attention_heads * T * T))
+    itself = torch.eye(B, dtype=torch.bool, device=ids.device)
+    weights = weights.masked_fill(itself, 0)  # a caller may leave something there
+    max_pairs = MAX_SCORES // (lm.config.num_attention_heads * T * T)
+    plan = in_batch_plan(weights, NEGLIGIBLE, max_pairs)
 
-    def add_others(own, q, k, v):  # in_batch_attention, but for what is negligible
-        q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [N, H, T, d] -> [G, B, H, T, d]
-        read = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
-        return ((1 - scale) * own if convex else own) + scale * read.flatten(0, 1)
+    def add_others(own, q, k, v):
+        """own, q [N, H, T, d]: a block's causal attention and queries; k, v: of the context."""
+        q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [G, B, H, T, d]
+        others = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
+        if convex:
+            own = (1 - scale) * own
+        return own + scale * others.flatten(0, 1)
 
-    x, first = lm.embed(ids.flatten(0, 1)), int(start * len(lm.layers))  # x [N, T, D]
+    x = lm.embed(ids.flatten(0, 1))  # [N, T, D]
+    first = int(start * len(lm.layers))
     for block in lm.layers[:first]:  # both streams are the same numbers
         x, _, _ = block(x, cos, sin)
     context = stream = x
     for block in lm.layers[first:]:
-        last = block is lm.layers[-1]  # of which the context stream needs keys and values alone
+        last = block is lm.layers[-1]  # nobody reads what its context stream would go on with
         context, k, v = block(context, cos, sin, kv_only=last)
         stream, _, _ = block(stream, cos, sin, read=partial(add_others, k=k, v=v))
     return lm.norm(stream).unflatten(0, (G, B))
 
 
 def observe(loss, w, p):
-    """Statistics for the log: of a loss, of distributions over passages w, and of passages p."""
+    """Statistics for the log: of the loss, the weights w and the passages' vectors p."""
     w, p = w.detach(), p.detach()
     return {
         "loss": loss.detach(),
@@ -315,32 +330,33 @@ class Tokenizer:
     def __init__(self, folder):
         """EOS: tokenizer_config.json's eos_token, else config.json's eos_token_id."""
         folder = find(folder)
-        self.file, config = existing(folder / "tokenizer.json"), read_json(folder / "config.json")
-        eos, named = config.get("eos_token_id"), folder / "tokenizer_config.json"
+        self.file = existing(folder / "tokenizer.json")
+        config = read_json(folder / "config.json")
+        eos = config.get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
-        token = read_json(named).get("eos_token") if named.exists() else None
+        file = folder / "tokenizer_config.json"
+        token = read_json(file).get("eos_token") if file.exists() else None
         token = token.get("content") if isinstance(token, dict) else token
         with reading(self.file, f"is not a tokenizer, or not one for eos_token {token!r:.80}"):
             self.tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
             self.eos_id = self.tokenizer.token_to_id(token) if token else eos
-            plain = self.tokenizer.encode("a", add_special_tokens=False).ids
-            whole = self.tokenizer.encode("a").ids
-            starts = [i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain]
-            self.start = whole[: starts[0]]  # a BOS, perhaps; what is added at the end is left out
+            # what it adds before a text, perhaps a BOS; what it adds at the end is left out
+            whole = self.tokenizer.encode("a")
+            self.start = whole.ids[: whole.special_tokens_mask.index(0)]
         self.vocab_size = config.get("vocab_size")
         check(f"{folder}: vocab_size", self.vocab_size, *LIMITS[int])
         if type(self.eos_id) is not int or not 0 <= self.eos_id < self.vocab_size:
             need = "tokenizer_config.json needs an eos_token that is in the vocabulary"
             raise ValueError(f"{folder}: no EOS token: {need}")
 
-    def lm_ids(self, texts, max_len):
-        """Token ids of `texts` as the language model reads them: no prefix, no EOS.
+    def token_ids(self, texts, max_len):
+        """Token ids of `texts`, as the language model reads them: no prefix, no EOS.
 
-        They begin with a BOS if the tokenizer adds one.
+        They begin with a BOS if the tokenizer adds one. A lone surrogate is read as "?".
         """
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a pair -> "?"
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with reading(self.file, "fails at a text"):
             rows = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         rows = [(self.start + row.ids)[:max_len] for row in rows]
@@ -355,7 +371,7 @@ class Tokenizer:
 
         `ratio` < 1 keeps the first int(n * ratio) of the n tokens before the EOS, prefix counted.
         """
-        rows = self.lm_ids([PREFIX[kind] + text for text in texts], max_len - 1)
+        rows = self.token_ids([PREFIX[kind] + text for text in texts], max_len - 1)
         return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
 
 
@@ -365,7 +381,8 @@ def pad(rows, value):
     T is the longest length, rounded up to a multiple of 8, with which matmuls are fastest.
     """
     lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(-(-int(lengths.max()) // 8) * 8) < lengths[:, None]  # [N, T]
+    T = (int(lengths.max()) + 7) // 8 * 8
+    mask = torch.arange(T) < lengths[:, None]  # [N, T]
     ids = torch.full(mask.shape, value, dtype=torch.int64)
     ids[mask] = torch.tensor([token for row in rows for token in row])
     return ids, mask
@@ -374,10 +391,10 @@ def pad(rows, value):
 def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=False, apart=False):
     """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
 
-    `first_half`: the query of a passage is the first half of its tokens, prefix counted; what the
-    weights know of the second half comes from other passages. Groups with src "stackoverflow" keep
-    the whole passage (as published: there a question comes with its answers). `apart`: the query is
-    the first half of the words, and the passage the rest.
+    first_half   the query of a passage is the first half of its tokens, prefix counted: so w_i
+                 knows nothing of the second half that it helps to predict. As published, groups
+                 with src "stackoverflow" keep the whole passage: a question and its answers
+    apart        the query is the first half of the words, and the passage is the rest
     """
     rows = {"query": [], "passage": [], "lm": []}
     for texts, src in groups:
@@ -385,8 +402,8 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
         ratio = 0.5 if first_half and not apart and src != "stackoverflow" else 1.0
         rows["query"] += tokenizer.retriever_ids(queries, "query", passage_max_len, ratio)
         rows["passage"] += tokenizer.retriever_ids(passages, "passage", passage_max_len)
-        rows["lm"] += lm_tokenizer.lm_ids(texts, passage_max_len)
-    rows["lm"] = [row or [lm_tokenizer.eos_id] for row in rows["lm"]]
+        rows["lm"] += lm_tokenizer.token_ids(texts, passage_max_len)
+    rows["lm"] = [row or [lm_tokenizer.eos_id] for row in rows["lm"]]  # some texts have no tokens
     batch = {}
     for name, ids in rows.items():
         eos_id = (lm_tokenizer if name == "lm" else tokenizer).eos_id
@@ -411,8 +428,8 @@ ADVICE = "Smaller batches or texts help (eval.py: --batch_tokens, --max_len), or
 
 
 @torch.no_grad()
-def encode(retriever, texts, kind="passage", max_len=512, batch_tokens=None, progress=False,
-           out=None, chunk=2**16):  # fmt: skip
+def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=None, progress=False,
+                 out=None, chunk=2**16):  # fmt: skip
     """Texts -> unit vectors, float32 [N, D] on the CPU, in the order of `texts`. No dropout.
 
     kind           "query" or "passage": they have different prefixes
@@ -424,18 +441,20 @@ def encode(retriever, texts, kind="passage", max_len=512, batch_tokens=None, pro
     """
     if retriever.tokenizer is None:
         raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which encode needs")
-    weight, was_training = retriever.llama.embed_tokens.weight, retriever.training
-    device, shape = weight.device, (len(texts), retriever.llama.config.hidden_size)
+    weight = retriever.llama.embed_tokens.weight
+    device, shape = weight.device, (len(texts), weight.shape[1])
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
-    vectors = torch.empty(shape if out is None else 0)
-    if new(out) is not None:
-        mapped = np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape)
+    if out is None:
+        vectors = torch.empty(shape)
+    else:
+        mapped = np.lib.format.open_memmap(f"{new(out)}.partial", "w+", np.float32, shape)
         vectors = torch.from_numpy(mapped)
     precision = nullcontext()
     if weight.dtype.itemsize < 4:
         precision = torch.autocast(device.type, weight.dtype)
     total, what = sum(map(len, texts)), f"{len(texts):,} {kind} texts"
     bar = tqdm(total=total, desc=what, unit=" characters", disable=not progress)
+    was_training = retriever.training
     retriever.eval()
     with bar, precision, out_of_memory("while encoding", ADVICE):
         for first in range(0, len(texts), chunk):
@@ -475,7 +494,7 @@ class Control(Revela):
 
 
 class Contrastive(Revela):
-    """InfoNCE between the first half of a passage and its rest, among the rests of its group.
+    """InfoNCE: the first half of a passage must find its own rest among the rests of its group.
 
         loss = mean over i of -log of (softmax over all j of s_ij / tau) at j = i
 
@@ -498,16 +517,17 @@ class Replug(Contrastive):
     """REPLUG LSR (Shi et al. 2023, arXiv 2301.12652): retrieve what helps a frozen language model
     that reads it before D_i.
 
-        l_ij = mean over the second half of D_i's tokens of log p_lm(token | D_j, D_i before it)
-        P_i  = softmax over j != i of s_ij / tau         Q_i = softmax over j != i of l_ij / beta
-        loss = mean over i of KL(Q_i || P_i) = sum over j of Q_ij log(Q_ij / P_ij)
+        l_ij = mean over the second half of D_i's tokens of log p(token | D_j, D_i before it)
+        R_i  = softmax over j != i of s_ij / tau       (the retriever's)
+        L_i  = softmax over j != i of l_ij / beta      (the language model's; beta: lm_temperature)
+        loss = mean over i of KL(L_i || R_i) = sum over j of L_ij log(L_ij / R_ij)
 
-    This is the direction that Revela's authors compare with. `reverse_kl`: KL(P_i || Q_i), as the
-    REPLUG paper has it. beta: `lm_temperature`.
+    This is the direction that Revela's authors compare with. `reverse_kl`: KL(R_i || L_i), as the
+    REPLUG paper has it.
     """
 
-    def __init__(self, *method, lm_temperature, reverse_kl=False, **options):
-        super().__init__(*method, **options)
+    def __init__(self, *args, lm_temperature, reverse_kl=False, **options):
+        super().__init__(*args, **options)
         self.lm_temperature, self.reverse_kl = lm_temperature, reverse_kl
 
     def forward(self, batch):
@@ -515,14 +535,14 @@ class Replug(Contrastive):
         likelihoods = self.likelihoods(batch)  # [G, B, B]
         others = ~torch.eye(p.shape[1], dtype=torch.bool, device=p.device)
 
-        def log_softmax(x):  # over j != i: [G, B, B] -> [G, B, B-1]
+        def log_softmax_others(x):  # [G, B, B] -> [G, B, B-1]
             return x[:, others].unflatten(1, (len(others), -1)).log_softmax(-1)
 
-        log_p = log_softmax(similarities(q, p) / self.attn_temperature)
-        log_q = log_softmax(likelihoods / self.lm_temperature)
-        truth, model = (log_p, log_q) if self.reverse_kl else (log_q, log_p)
+        log_R = log_softmax_others(similarities(q, p) / self.attn_temperature)
+        log_L = log_softmax_others(likelihoods / self.lm_temperature)
+        truth, model = (log_R, log_L) if self.reverse_kl else (log_L, log_R)
         loss = (truth.exp() * (truth - model)).sum(-1).mean()
-        self.stats = observe(loss, log_p.exp(), p)
+        self.stats = observe(loss, log_R.exp(), p)
         return loss
 
     @torch.no_grad()
@@ -535,11 +555,11 @@ class Replug(Contrastive):
             rows = zip(batch["lm_ids"][g], batch["lm_mask"][g])
             texts = [ids[mask].tolist() for ids, mask in rows]
             others = [j for j in range(B) if j != i]
-            ids, mask = pad([texts[j] + texts[i] for j in others], 0)  # [B-1, L]
+            ids, mask = pad([texts[j] + texts[i] for j in others], 0)  # [B-1, T]
             m = len(texts[i]) - len(texts[i]) // 2
-            at = mask.sum(1, keepdim=True) - m + torch.arange(m)  # [B-1, m]: D_i's second half
-            hidden = self.lm(ids.to(likelihoods.device))  # [B-1, L, D]
-            hidden = hidden[torch.arange(B - 1)[:, None], at - 1]  # [B-1, m, D]
+            at = mask.sum(1, keepdim=True) - m + torch.arange(m)  # [B-1, m]: the last m tokens
+            hidden = self.lm(ids.to(likelihoods.device))  # [B-1, T, D]
+            hidden = hidden[torch.arange(B - 1)[:, None], at - 1]  # [B-1, m, D]: before each
             logits = self.lm.logits(hidden).float().transpose(1, 2)  # [B-1, V, m]
             targets = ids.gather(1, at).to(logits.device)
             log_p = -F.cross_entropy(logits, targets, reduction="none")  # [B-1, m]

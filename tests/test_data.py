@@ -68,7 +68,7 @@ def test_a_bos_is_kept_and_a_text_ends_with_one_eos_whatever_is_added(tiny, adde
     t.save(str(tiny / "tokenizer.json"))
     ids = [t.token_to_id("m")] * added.startswith("m") + ids
     ours = Tokenizer(tiny)
-    assert ours.lm_ids(["query: the cat"], 99) == [ids] and ours.eos_id not in ids
+    assert ours.token_ids(["query: the cat"], 99) == [ids] and ours.eos_id not in ids
     for max_len, ratio, n in ((99, 1.0, len(ids)), (99, 0.5, len(ids) // 2), (4, 1.0, 3)):
         kept = ids[:n]
         assert ours.retriever_ids(["the cat"], "query", max_len, ratio) == [kept + [ours.eos_id]]

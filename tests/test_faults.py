@@ -222,7 +222,7 @@ def test_a_tokenizer_that_fails_is_one_sentence(tiny, how):
 
 def test_a_tokenizer_of_another_model_is_refused_before_the_embedding_is_asked(tiny):
     edit(tiny, vocab_size=200)
-    text = refused(tiny, lambda: Tokenizer(tiny).lm_ids(["the cat sees milk"], 9))
+    text = refused(tiny, lambda: Tokenizer(tiny).token_ids(["the cat sees milk"], 9))
     assert "of a text, but the model's vocab_size is 200" in text
     vocabulary = json.loads((tiny / "tokenizer.json").read_text())["model"]["vocab"]
     last = max(vocabulary, key=vocabulary.get)

@@ -168,8 +168,8 @@ def test_the_control_is_the_plain_language_model_and_chunks_of_its_loss_change_n
     truth = F.cross_entropy(lm.logits(hidden)[..., :-1, :][targets], ids[..., 1:][targets])
     torch.testing.assert_close(control(batch), truth)
     gradient = torch.autograd.grad(truth, hidden)
-    for chunk in (900, 2**23):  # three targets at a time; all
-        loss = control.cross_entropy(hidden, batch, chunk)
+    for max_logits in (900, 2**23):  # three targets at a time; all
+        loss = control.cross_entropy(hidden, batch, max_logits)
         torch.testing.assert_close(loss, truth)
         torch.testing.assert_close(torch.autograd.grad(loss, hidden), gradient)
 
