@@ -67,8 +67,8 @@ from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save
 from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate
 
 # --------------------------------------------------------------------------------------------------
-# arguments: every flag with its published value (of choices the first), what it is, and of a number
-# what it must be at least, if not 0, and less than
+# arguments: {flag: (value, help, least, below)}. The values are the published ones, of choices the
+# first; a number is at least 0 if nothing else is said
 
 FLAGS = {
     "recipe": (
@@ -134,10 +134,10 @@ FLAGS = {
     "eval_data": ([], "test collections to evaluate on, folders in BEIR layout"),
     "heldout_groups": (
         0,
-        "last groups of --data, at most half: not trained on; what are the weights worth there?",
+        "the last groups of --data, at most half: their loss tells of the weights",
     ),
 }
-STANDARD = 25  # groups from whose passages a retriever's mean and deviation are taken
+STANDARD_GROUPS = 25  # whose passages give a retriever's mean and deviation
 
 # Teaches a small model within minutes. It starts from a vector that ranks well, the weights are not
 # one-hot, and what passages read from each other does not wreck the language model.
@@ -161,7 +161,7 @@ def parse_args(argv=None):
     defaults, given = flags_given("Train a retriever by language modelling.", FLAGS, argv)
     recipe = given.setdefault("recipe", "small" if "data" in given else "toy")
     args = Namespace(**defaults | RECIPES[recipe] | given)
-    if bool(args.data) != bool(args.model) or args.eval_data and not args.data:
+    if bool(args.data) != bool(args.model) or (args.eval_data and not args.data):
         raise ValueError("--data (groups) and --model belong together, and --eval_data with them")
     if (args.retriever_adapter or args.lm_adapter) and not args.lora_r:
         raise ValueError("an adapter to start from needs --lora_r; or merge it: eval.py --export")
@@ -203,14 +203,20 @@ def build_models(args, dtype, device):
 
 def build_objective(args, retriever, lm):
     """The module whose forward is the loss of a batch."""
-    objectives = {"revela": Revela, "contrastive": Contrastive}
-    objectives["replug"] = partial(
-        Replug, lm_temperature=args.lm_temperature, reverse_kl=args.reverse_kl
-    )
-    method = args.attn_temperature, args.v_norm, args.inbatch_scale, args.dual_loss
-    form = args.inbatch_form == "convex", args.inbatch_start
-    objective = Control if args.no_inbatch else objectives[args.objective]
-    return objective(retriever, lm, *method, *form)
+    method = {
+        "attn_temperature": args.attn_temperature,
+        "v_norm": args.v_norm,
+        "inbatch_scale": args.inbatch_scale,
+        "dual_loss": args.dual_loss,
+        "convex": args.inbatch_form == "convex",
+        "start": args.inbatch_start,
+    }
+    objective = {"revela": Revela, "replug": Replug, "contrastive": Contrastive}[args.objective]
+    if args.no_inbatch:
+        objective = Control
+    if objective is Replug:
+        method |= {"lm_temperature": args.lm_temperature, "reverse_kl": args.reverse_kl}
+    return objective(retriever, lm, **method)
 
 
 def recompute_activations(llama, how):
@@ -218,11 +224,13 @@ def recompute_activations(llama, how):
 
     how: "none"; "selective": all but what comes out of matmuls; "full": whole blocks.
     """
+    if how == "none":
+        return
     options = {"use_reentrant": False}
     if how == "selective":
         matmuls = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, matmuls)
-    for block in llama.layers if how != "none" else ():
+    for block in llama.layers:
         block.forward = partial(checkpoint, block.forward, **options)
 
 
@@ -243,15 +251,15 @@ def shard(revela, device, dtype):
     register_fsdp_forward_method(revela, "diagnose")
 
 
-def full(t):
-    """Gather a tensor of which each process may hold a part. Collective."""
+def gathered(t):
+    """A tensor of which each process may hold a part, whole. Collective."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def whole(llama, device, only=""):
-    """`llama`, or if it is sharded a copy on `device`, with its weights whose names contain `only`.
+    """`llama`, if it is not sharded; else a whole copy on `device`. Collective.
 
-    Collective.
+    The copy has the weights whose names contain `only`.
     """
     if not isinstance(llama.layers[0], FSDPModule):
         return llama
@@ -260,14 +268,14 @@ def whole(llama, device, only=""):
         if llama.lora:
             add_lora(copy, *llama.lora.values())
     named = [(name, p.detach()) for name, p in llama.named_parameters() if only in name]
-    weights = {name: full(p).to(device) for name, p in named}
+    weights = {name: gathered(p).to(device) for name, p in named}
     copy.load_state_dict(weights, strict=False, assign=True)
     copy.path = llama.path
     return copy
 
 
 def whole_retriever(retriever, device):
-    """`retriever`, whole, for what wants no gradient; `mean` and `std` are shared. Collective."""
+    """A whole `retriever` to run without gradients. It shares `mean` and `std`. Collective."""
     copy = Retriever(whole(retriever.llama, device), retriever.tokenizer, retriever.pooling)
     copy.mean, copy.std = retriever.mean, retriever.std
     return copy.eval()
@@ -278,7 +286,10 @@ def whole_retriever(retriever, device):
 
 
 def learning_rate(step, args, total):
-    """Of update `step` (from 0): linearly up in `warmup_steps` updates, then to 0 at `total`."""
+    """The rate of update `step` (from 0): up in `warmup_steps` updates, then down to 0 at `total`.
+
+    Both linearly.
+    """
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
     return args.learning_rate * (total - step) / (total - args.warmup_steps)
@@ -288,11 +299,12 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
     model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns
-    {name: scalar tensor}: statistics, as this process's addend to the mean over the update, and the
+    statistics {name: scalar tensor}, whose sums over the processes are the update's: means, and the
     gradients' norms before clipping. Raises FloatingPointError if one is not finite, before
     anything is changed.
     """
     revela = getattr(model, "module", model)
+    ddp = model is not revela
     counts = [revela.count(batch) for batch in micro_batches]
     total = sum(counts).to(device)
     if world > 1:
@@ -305,7 +317,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         torch.manual_seed(seeds[i])
-        with model.no_sync() if model is not revela and not last else nullcontext():
+        with model.no_sync() if ddp and not last else nullcontext():
             with autocast():
                 loss = model(batch)
             (loss * share * world).backward()  # DDP and FSDP take the mean over processes
@@ -314,10 +326,10 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     norms = []
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norms.append(full(torch.nn.utils.get_total_norm(gradients).to(device)))
-        stats[f"grad_norm_{name}"] = norms[-1] / world
+        norms.append(gathered(torch.nn.utils.get_total_norm(gradients).to(device)))
+        stats[f"grad_norm_{name}"] = norms[-1] / world  # all processes have the same
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    if not norm.isfinite():  # on one process means on all of them, since gradients have met
+    if not norm.isfinite():  # then on all processes: their gradients have met
         raise FloatingPointError(f"loss {stats['loss'].item()}, norm of gradients {norm.item()}")
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, norm)
@@ -335,7 +347,7 @@ These help and change what is computed: --passage_max_len, --train_group_size, -
 
 
 @contextmanager
-def explained(step, rank, read):
+def explained(step, rank, groups):
     """Turn what stops an update into a sentence that says what to do."""
     try:
         with out_of_memory(f"in update {step}", ADVICE):
@@ -343,7 +355,7 @@ def explained(step, rank, read):
     except FloatingPointError as error:
         raise ValueError(
             f"update {step}, process {rank}: not finite: {error}. Its groups (of --data, from 0): "
-            f"{list(read)}. Nothing was updated, and the last checkpoint is intact. "
+            f"{list(groups)}. Nothing was updated, and the last checkpoint is intact. "
             "Try a smaller --learning_rate, or --dtype float32"
         ) from None
 
@@ -351,9 +363,9 @@ def explained(step, rank, read):
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
-# Arguments that may change when a run is resumed. They change nothing but rounding, and with
-# --groups_per_device the dropout; the content of --data, --model and --lm is compared instead, a
-# recipe's values are compared one by one, and of an adapter, which is the start, its LoRA's form.
+# Arguments that may change when a run is resumed: they change nothing but rounding, and with
+# --groups_per_device the dropout. `identify` has what stands behind those that are names: the
+# content of --data, the configurations of the models, the form of their LoRA.
 FREE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
 eval_every eval_data save_steps""".split()
@@ -370,7 +382,7 @@ def save_models(revela, folder, args, rank):
         if name == "lm" and args.freeze_lm:
             continue
         llama = whole(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
-        if rank:
+        if rank:  # it only helped to gather
             continue
         save = save_adapter if llama.lora else save_model
         save(llama, folder / name)
@@ -431,7 +443,7 @@ def restore(folder, revela, optimizer, identity):
         return 0
     start = folder / Path((folder / "latest").read_text().strip()).name  # never outside of `folder`
     before, saved = read_json(start / "meta.json"), read_safetensors(start / "state.safetensors")
-    for name, value in json.loads(json.dumps(identity)).items():
+    for name, value in json.loads(json.dumps(identity)).items():  # with tuples as JSON has them
         if before.get(name) != value:
             was, now = f"{before.get(name)!r:.200}", f"{value!r:.200}"
             raise ValueError(f"cannot resume {start}: {name} was {was} there, now it is {now}")
@@ -517,6 +529,7 @@ class Log:
         values["memory_gb"] = peak_memory(self.device)
         values["eta_s"] = self.seconds / updates * (total - step)
         self.record(values)
+        # a control has no weights: zeros are shown
         shown = defaultdict(float, values, total=total, minutes=values["eta_s"] / 60)
         self.say(LINE.format_map(shown))
         self.since, self.sums, self.seconds = step, {}, 0.0
@@ -606,13 +619,13 @@ def prepare(args, device, world):
     fsdp = args.strategy == "fsdp" and world > 1
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
-    retriever, lm = build_models(args, dtype, where)
-    for llama in (retriever, lm):
-        recompute_activations(llama, args.activation_checkpointing)
-        for block in llama.layers if args.compile else ():
-            torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
-            block.compile()
-    retriever = Retriever(retriever, Tokenizer(args.model), args.pooling)
+    llama, lm = build_models(args, dtype, where)
+    recompute_activations(llama, args.activation_checkpointing)
+    recompute_activations(lm, args.activation_checkpointing)
+    for block in [*llama.layers, *lm.layers] if args.compile else []:
+        torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
+        block.compile()
+    retriever = Retriever(llama, Tokenizer(args.model), args.pooling)
     model = build_objective(args, retriever, lm)
     if fsdp:
         shard(model, device, dtype)
@@ -621,6 +634,33 @@ def prepare(args, device, world):
     if world > 1 and not fsdp:
         model = DistributedDataParallel(model, device_ids=[device] if gpu else None)
     return model, optimizer
+
+
+def make_collate(args, tokenizer):
+    """The function [(texts, src)] -> batch."""
+    return partial(
+        collate,
+        tokenizer=tokenizer,
+        lm_tokenizer=Tokenizer(args.lm or args.model),
+        passage_max_len=args.passage_max_len,
+        first_half=args.first_half,
+        apart=args.objective == "contrastive",
+    )
+
+
+def make_loader(args, groups, order, to_batch, gpu):
+    """Batches of `groups`, in lists of indices that `order` yields."""
+    workers = args.num_workers
+    if workers < 0:
+        workers = 2 if gpu else 0
+    return torch.utils.data.DataLoader(
+        groups,
+        batch_sampler=order,
+        collate_fn=to_batch,
+        num_workers=workers,
+        pin_memory=gpu,
+        generator=torch.Generator(),  # its own, so that the one behind dropout is left alone
+    )
 
 
 def evaluate(revela, collections, heldout, autocast, device):
@@ -668,22 +708,14 @@ def train(args, device, rank, world):
     if total <= 0:
         total = math.ceil(args.num_train_epochs * n_groups / per_update)
     identity = identify(args, groups, per_update, revela.retriever.llama, revela.lm)
-    known = revela.retriever.load_pooling(find(args.retriever_adapter or args.model))
+    standardised = revela.retriever.load_pooling(find(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = partial(
         group_order, n_groups, args.seed,
         rank=rank, world=world, accumulation=accumulation, groups=args.groups_per_device,
     )  # fmt: skip
-    to_batch = partial(
-        collate, tokenizer=revela.retriever.tokenizer,
-        lm_tokenizer=Tokenizer(args.lm or args.model), passage_max_len=args.passage_max_len,
-        first_half=args.first_half, apart=args.objective == "contrastive",
-    )  # fmt: skip
-    loader = torch.utils.data.DataLoader(
-        groups, batch_sampler=order(first=first_step, last=total), collate_fn=to_batch,
-        num_workers=2 * gpu if args.num_workers < 0 else args.num_workers, pin_memory=gpu,
-        generator=torch.Generator(),  # its own, so that the one behind dropout is left alone
-    )  # fmt: skip
+    to_batch = make_collate(args, revela.retriever.tokenizer)
+    loader = make_loader(args, groups, order(first=first_step, last=total), to_batch, gpu)
     log = Log(out / "metrics.jsonl", first_step, device, rank, world)
     if rank == 0:
         write(out / "config.json", json.dumps(vars(args) | {"made_by": made_by()}, indent=1) + "\n")
@@ -700,6 +732,8 @@ def train(args, device, rank, world):
     def batch_of(i):
         return {name: tensor.to(device) for name, tensor in to_batch([groups[i]]).items()}
 
+    heldout = [batch_of(i) for i in range(n_groups, len(groups))]
+
     def report(step):
         row, runs = evaluate(revela, collections, heldout, autocast, device)
         log.evaluation(step, row)
@@ -707,10 +741,9 @@ def train(args, device, rank, world):
             show(runs["world"], collections["world"])
 
     # -- the loop
-    heldout = [batch_of(i) for i in range(n_groups, len(groups))]
-    if first_step == 0 and args.pooling == "mean" and not known:
+    if first_step == 0 and args.pooling == "mean" and not standardised:
         with autocast():
-            some = map(batch_of, range(min(STANDARD, n_groups)))
+            some = map(batch_of, range(min(STANDARD_GROUPS, n_groups)))
             whole_retriever(revela.retriever, device).standardise(some)
     if first_step == 0:
         report(0)
@@ -728,7 +761,8 @@ def train(args, device, rank, world):
             )
         log.add(stats, time.perf_counter() - began)
 
-        last, stop = step == total, any_process(signals, device, world)
+        last = step == total
+        stop = any_process(signals, device, world)
         if every(args.logging_steps, step) or last or stop:
             log.write(step, total, lr)
         if every(args.save_steps, step) or last or stop:
@@ -750,7 +784,7 @@ def every(n, step):
 
 
 def dropout_seed(seed, step, position):
-    """Of the micro-batch at `position` of update `step`, whichever process computes it."""
+    """The seed of the micro-batch at `position` of update `step`, whoever computes it."""
     return int(np.random.default_rng([seed, step, position]).integers(2**62))
 
 
@@ -766,7 +800,7 @@ def main(argv=None):
         return code
     except Exception:
         begun = args.resume or Path(args.out, "metrics.jsonl").exists()
-        if rank == 0 and not begun:  # the folder was empty, and is free again
+        if rank == 0 and not begun:  # leave the folder as empty as it was
             Path(args.out, "config.json").unlink(missing_ok=True)
             shutil.rmtree(Path(args.out, "world"), ignore_errors=True)
         raise
