@@ -1,4 +1,4 @@
-"""Print the tables of the recipe `small` from the raw numbers: they stand in README and RESULTS.md.
+"""Print the tables of RESULTS.md, in its order, from the raw numbers under results/.
 
 python assets/tables.py
 """
@@ -9,14 +9,51 @@ import statistics
 from pathlib import Path
 
 RAW = Path(__file__).parent / "results"
-SEEDS = [int(file.stem.removeprefix("seed-")) for file in sorted(RAW.glob("small/seed-?.json"))]
 DATA = ["cranfield", "cisi", "cacm"]
+OLD = ["adi", "cranfield", "cisi"]  # of most studies of the old recipe `small`
 
 
-def read(file):
-    """{(data, system): result}."""
-    results = json.loads((RAW / file).read_text())["results"]
-    return {(r["data"], r["system"]): r for r in results}
+def read(runs):
+    """{(data, system): result} of each of the runs (a pattern)."""
+    tables = [json.loads(file.read_text()) for file in sorted(RAW.glob(f"{runs}.json"))]
+    return [{(r["data"], r["system"]): r for r in table["results"]} for table in tables]
+
+
+def logged(runs, key):
+    """{update: value} of each of the runs (a pattern)."""
+    logs = [file.read_text().splitlines() for file in sorted(RAW.glob(f"{runs}-metrics.jsonl"))]
+    logs = [[json.loads(text) for text in log] for log in logs]
+    return [{row["step"]: row[key] for row in log if key in row} for log in logs]
+
+
+def ndcg(runs, system, *names):
+    """nDCG@10, a mean over the data `names`, of each run that has them."""
+    tables = [table for table in read(runs) if all((name, system) in table for name in names)]
+    return [sum(t[name, system]["ndcg@10"] for name in names) / len(names) for t in tables]
+
+
+def cell(runs, system, *names):
+    return ", ".join(f"{x:.3f}" for x in ndcg(runs, system, *names)) or "–"
+
+
+def across(runs, system):
+    return [cell(runs, system, name) for name in OLD]
+
+
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def head(columns):
+    yield columns
+    yield "| --- " * (columns.count("|") - 1) + "|"
+
+
+def seconds(runs, until):
+    """Of training. The log has means since its last row, of tokens an update and a second."""
+    logs = zip(logged(runs, "tokens"), logged(runs, "tokens_per_s"))
+    took = [sum(min(t) * t[i] / speed[i] for i in t if i <= until) for t, speed in logs]
+    return ", ".join(f"{x:.0f}" for x in took) or "–"
 
 
 def interval(differences, resamples=10_000):
@@ -40,46 +77,43 @@ def correlation(pairs):
     return statistics.correlation(*ranks)
 
 
-EOS, START = read("small/eos.json"), read("small/untrained.json")
-PLAIN, ENGLISH = read("bm25.json"), read("bm25-english.json")
-TRAINED = [read(f"small/seed-{seed}.json") for seed in SEEDS]
-
-
-def mean(table, system, names):
-    return sum(table[name, system]["ndcg@10"] for name in names) / len(names)
+def toy():
+    yield from head("| update | 0 | 100 | 200 | 300 | 400 | 500 |")
+    for title, run in {"Revela": "toy", "control, `--no_inbatch`": "toy-control"}.items():
+        [found] = logged(run, "ndcg@10")
+        yield line(title, *(f"{x:.4f}" for x in found.values()))
 
 
 def recipe():
     """What is reached, and where it starts; the last row is the mean of those above but adi."""
-    yield (
+    yield from head(
         "| | EOS, untrained | mean, untrained | **trained** | BM25 | BM25 `--english` "
         "| trained + the latter |"
     )
-    yield "| --- " * 7 + "|"
     for title, names in [*((name, [name]) for name in ("adi", *DATA)), ("mean of three", DATA)]:
-        cells = [f"{mean(table, 'dense', names):.3f}" for table in (EOS, START)]
-        cells.append(span([mean(table, "dense", names) for table in TRAINED]))
-        cells += [f"{mean(table, 'bm25', names):.3f}" for table in (PLAIN, ENGLISH)]
-        cells.append(span([mean(table, "fused", names) for table in TRAINED]))
-        yield f"| {title} | " + " | ".join(cells) + " |"
+        cells = [cell(f"small/{run}", "dense", *names) for run in ("eos", "untrained")]
+        cells.append(span(ndcg("small/seed-?", "dense", *names)))
+        cells += [cell(run, "bm25", *names) for run in ("bm25", "bm25-english")]
+        cells.append(span(ndcg("small/seed-?", "fused", *names)))
+        yield line(title, *cells)
 
 
 def gains():
     """What training, and what the sum with BM25 is worth: paired over queries, mean over seeds."""
-    yield "| | trained - mean, untrained | trained - BM25 | both - BM25 `--english` |"
-    yield "| --- " * 4 + "|"
-    pairs = [("dense", START, "dense"), ("dense", PLAIN, "bm25"), ("fused", ENGLISH, "bm25")]
+    yield from head("| | trained - mean, untrained | trained - BM25 | both - BM25 `--english` |")
+    pairs = [("dense", "small/untrained", "dense"), ("dense", "bm25", "bm25")]
+    pairs += [("fused", "bm25-english", "bm25")]
     for name in ("adi", *DATA):
         cells = []
-        for system, table, other in pairs:
-            before = table[name, other]["per_query"]
-            after = [table[name, system]["per_query"] for table in TRAINED]
+        for system, start, other in pairs:
+            before = read(start)[0][name, other]["per_query"]
+            after = [table[name, system]["per_query"] for table in read("small/seed-?")]
             differences = []
             for qid, values in before.items():
                 trained = sum(run[qid]["ndcg@10"] for run in after) / len(after)
                 differences.append(trained - values["ndcg@10"])
             cells.append(interval(differences))
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        yield line(name, *cells)
 
 
 RUNS = json.loads((RAW / "small/pilots.json").read_text())
@@ -101,12 +135,11 @@ PILOTS = {
 def pilots():
     """60 updates each, by what differs."""
     rows = {row["run"]: row for row in RUNS if row["update"] == 60}
-    yield "| run | | seed | adi | med | held-out gain |"
-    yield "| --- " * 6 + "|"
+    yield from head("| run | | seed | adi | med | held-out gain |")
     for run, what in PILOTS.items():
         row = rows[run]
-        values = f"{row['adi']:.3f} | {row['med']:.3f} | {row['gain']:.3f}"
-        yield f"| `{run}` | {what} | {row['seed']} | {values} |"
+        values = [f"{row[key]:.3f}" for key in ("adi", "med", "gain")]
+        yield line(f"`{run}`", what, str(row["seed"]), *values)
 
 
 def claims():
@@ -123,12 +156,143 @@ def claims():
     for what in ("gain", "sib_map"):
         found = [correlation([(r[what], r[data]) for r in trained]) for data in ("adi", "med")]
         yield f"{what}, {len(trained)} evaluations: adi {found[0]:.2f}, med {found[1]:.2f}"
-    lines = (RAW / "toy-weights-metrics.jsonl").read_text().splitlines()
-    toy = [row for row in map(json.loads, lines) if "heldout_loss" in row]
-    loss = [row["heldout_loss"] for row in toy]
-    pairs = [(x["uniform"] - x["retriever"], row["ndcg@10"]) for x, row in zip(loss, toy)]
-    yield f"toy world, {len(toy)} evaluations: {correlation(pairs):.2f}"
+    [loss], [found] = (logged("toy-weights", key) for key in ("heldout_loss", "ndcg@10"))
+    pairs = [(loss[step]["uniform"] - loss[step]["retriever"], found[step]) for step in loss]
+    yield f"toy world, {len(pairs)} evaluations: {correlation(pairs):.2f}"
 
+
+def wikipedia():
+    """100 updates. The collection of code has its own files."""
+    yield from head(
+        "| nDCG@10 | before | dense, seeds 0, 1 | BM25 | dense + BM25, seeds 0, 1 "
+        "| groups of 16: dense, seeds 0, 1 |"
+    )
+    for name in ("adi", "med", *DATA, "cosqa"):
+        run = "smol-seed?-code" if name == "cosqa" else "smol-seed?"
+        cells = [cell("smol-before", "dense", name), cell(run, "dense", name)]
+        cells += [cell(run.replace("?", "0"), "bm25", name), cell(run, "fused", name)]
+        title = "med (chosen by)" if name == "med" else name
+        yield line(title, *cells, cell("smol16-seed?", "dense", name))
+
+
+def objectives():
+    """Revela beside two others, and those for about as long as Revela. BM25 has no sum, no log."""
+    yield from head(
+        "| nDCG@10, seeds 0, 1 | adi | cranfield | cisi | mean | mean with BM25 | s of training |"
+    )
+    late = "*about as long as Revela:* REPLUG, seed 1 after 40 of 60 updates"
+    for title, run in {
+        "before": "smol-before",
+        "contrastive": "objectives/contrastive-?",
+        "REPLUG": "objectives/replug-?",
+        "Revela": "objectives/revela-?",
+        "BM25": "objectives/revela-0",
+        late: "objectives/replug-1-step40",
+        "contrastive, seed 1, 200 updates": "objectives/contrastive-long-1",
+    }.items():
+        system, both, log = ("bm25", "", "") if title == "BM25" else ("dense", "fused", run)
+        means = [ndcg(run, what, *OLD) for what in (system, both)]
+        means = [f"{sum(x) / len(x):.3f}" if x else "–" for x in means]
+        means = [f"**{mean}**" if title == "Revela" else mean for mean in means]
+        log, _, step = log.partition("-step")
+        yield line(title, *across(run, system), *means, seconds(log, until=int(step or 200)))
+
+
+def rates():
+    """Learning rates, seed 1."""
+    yield from head("| nDCG@10 on med | 3e-4 | 6e-4 | 1.2e-3 |")
+    for title in ("contrastive", "REPLUG", "Revela"):
+        runs = [f"objectives/{title.lower()}-1-lr{x}-med" for x in ("3e-4", "6e-4", "1.2e-3")]
+        yield line(title, *(cell(run, "dense", "med") for run in runs))
+
+
+def stopwatch():
+    """Time from raw text."""
+    yield from head(
+        "| run | updates | passages in a group | seed | s from raw text to retriever "
+        "| cranfield | cisi |"
+    )
+    for title in ("`revela-now-0`", "`twenty-now-1`", "`twenty-before-1`, older code"):
+        run = "objectives/" + title.split("`")[1]
+        config = json.loads((RAW / f"{run}-config.json").read_text())
+        settings = [str(config[key]) for key in ("max_steps", "train_group_size", "seed")]
+        took = int((RAW / f"{run}.stopwatch").read_text().split()[4])
+        yield line(title, *settings, f"{took:,}", *across(run, "dense")[1:])
+
+
+def rounding():
+    yield from head(
+        "| residual stream | adi | cranfield | cisi | with BM25: adi, cranfield, cisi |"
+    )
+    for title, run in {
+        "bfloat16, commit fa9258b (`revela-now-0`)": "objectives/revela-now-0",
+        "bfloat16, commit 8211965 (`residual-bf16`)": "rounding/residual-bf16",
+        "float32, today's (`residual-float32`)": "rounding/residual-float32",
+    }.items():
+        yield line(title, *across(run, "dense"), ", ".join(across(run, "fused")))
+
+
+def code():
+    yield from head(
+        "| nDCG@10 | trained on code, seeds 0, 1 | on documentation, seed 0 "
+        "| on Wikipedia, 100 updates of 32 | BM25 | BM25, identifiers split "
+        "| trained on code + BM25 | on documentation + BM25 |"
+    )
+    runs = ["code/code-?", "code/docs-0-cosqa", "smol-seed?-code"]
+    columns = [(run, "dense") for run in runs] + [("code/code-0", "bm25")]
+    columns += [("code/split-bm25", "bm25"), *((run, "fused") for run in runs[:2])]
+    for name in ("cosqa", "pydoc"):
+        yield line(name, *(cell(run, system, name) for run, system in columns))
+
+
+def toy_ablations():
+    """One thing changed, toy world: after 500 updates."""
+    yield from head("| changed | seed 0 | seed 1 |")
+    for title, run in {
+        "none": "default",
+        "`--no-v_norm`": "no_v_norm",
+        "`--first_half`": "first_half",
+        "`--train_group_size 4 --groups_per_device 8` (as many passages)": "group-4",
+        "`--attn_temperature 1e-4`, the published one": "tau-1e-4",
+        "`--freeze_lm` (here a random language model)": "freeze_lm",
+    }.items():
+        found = logged(f"toy-ablations/{run}-?", "ndcg@10")
+        yield line(title, *(f"{values[500]:.4f}" for values in found))
+
+
+def ablations():
+    """One thing changed, real text: after 60 updates."""
+    yield from head("| nDCG@10 | adi | cranfield | mean largest weight |")
+    for title, run in {
+        "none (`revela-now-0`)": "objectives/revela-now-0",
+        "`--v_norm`, as published": "ablations/vnorm",
+        "`--no-first_half`: the query is the whole passage": "ablations/whole",
+        "`--attn_temperature 1e-4`, the published one": "ablations/tau",
+        "`--freeze_lm` (SmolLM2, which knows English)": "ablations/freeze",
+        "`--lora_r 8 --lora_alpha 16`": "ablations/r8",
+        "groups of a passage and its nearest by BM25": "ablations/bm25",
+    }.items():
+        [weights] = logged(run, "max_weight")
+        yield line(title, *across(run, "dense")[:2], f"{weights[60]:.2f}")
+
+
+def sizes():
+    """Of groups, for as many passages."""
+    yield from head(
+        "| passages in a group | updates | adi | cranfield | cisi | with BM25: cranfield, cisi "
+        "| largest weight above 0.5 by update |"
+    )
+    for title in ("8", "16", "32 (`twenty-now-1`)", "64"):
+        run = "objectives/twenty-now-1" if "twenty" in title else f"sizes/size-{title}"
+        [weights] = logged(run, "max_weight")
+        above = str(min(step for step in weights if weights[step] > 0.5))
+        both = ", ".join(across(run, "fused")[1:])
+        yield line(title, str(max(weights)), *across(run, "dense"), both, above)
+
+
+TABLES = [toy, recipe, gains, pilots, wikipedia, objectives, rates, stopwatch, rounding, code]
+TABLES += [toy_ablations, ablations, sizes]
 
 if __name__ == "__main__":
-    print("\n".join([*recipe(), "", *gains(), "", *pilots(), "", *claims()]))
+    for table in [*TABLES, claims]:
+        print(*table(), "", sep="\n")
