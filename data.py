@@ -17,7 +17,9 @@ import random
 import re
 import sys
 import zlib
+from array import array
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +39,10 @@ def parse_group(line, where, size):
     if isinstance(group, dict):
         group, src = group.get("text"), group.get("src")
     if not isinstance(group, list) or not all(isinstance(text, str) for text in group):
-        raise ValueError(
-            f'{where}: need a list of texts, or {{"src": ..., "text": [...]}} with one'
-        )
-    if len(group) < max(size, 2):
-        need = f"need {max(size, 2)} (--train_group_size)"
+        need = 'a list of texts, or {"src": ..., "text": [...]} with one'
+        raise ValueError(f"{where}: need {need}")
+    if len(group) < size:
+        need = f"need {size} (--train_group_size)"
         raise ValueError(f"{where}: a group of {len(group)} passages; {need}")
     for number, text in enumerate(group[:size], 1):
         if not text.strip():
@@ -57,17 +58,16 @@ class Groups(torch.utils.data.Dataset):
         if str(file).endswith(".gz"):
             raise ValueError(f"{file}: groups are read from the middle of a file; gunzip it first")
         self.file, self.size, self.checksum = str(file), size, 0
-        offsets, position = [], 0
+        self.offsets, position = array("q"), 0
         with open(existing(file), "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     parse_group(line, f"{file}:{number}", size)
-                    offsets.append(position)
+                    self.offsets.append(position)
                 position += len(line)
                 self.checksum = zlib.crc32(line, self.checksum)
-        if not offsets:
+        if not self.offsets:
             raise ValueError(f"{file} holds no groups")
-        self.offsets = np.array(offsets)
 
     def __len__(self):
         return len(self.offsets)
@@ -86,16 +86,14 @@ def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1)
     world * accumulation * groups of it. So a resumed run goes on where it was, and the same update
     on more ranks reads the same groups.
     """
-    epoch, order = -1, None
+
+    @lru_cache(1)
+    def order(epoch):
+        return np.random.default_rng([seed, epoch]).permutation(n)
+
     for micro in range(first * accumulation, last * accumulation):
         start = (micro * world + rank) * groups
-        indices = []
-        for position in range(start, start + groups):
-            if position // n != epoch:
-                epoch = position // n
-                order = np.random.default_rng([seed, epoch]).permutation(n)
-            indices.append(int(order[position % n]))
-        yield indices
+        yield [int(order(i // n)[i % n]) for i in range(start, start + groups)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,17 +126,17 @@ def split_passages(text, max_words=120):
     def count(piece):
         return len(WORD.findall(piece))
 
-    def pieces(text, cuts):  # each at most max_words long
+    def pieces(text, cut, *cuts):  # each at most max_words long
         start = 0
-        for end in [match.end() for match in cuts[0].finditer(text)] + [len(text)]:
+        for end in [match.end() for match in cut.finditer(text)] + [len(text)]:
             piece, start = text[start:end], end
-            if count(piece) <= max_words or len(cuts) == 1:
+            if count(piece) <= max_words or not cuts:
                 yield piece
             else:
-                yield from pieces(piece, cuts[1:])
+                yield from pieces(piece, *cuts)
 
     passages, words = [""], 0
-    for piece in pieces(text, CUTS):
+    for piece in pieces(text, *CUTS):
         words += count(piece)
         if words > max_words:
             passages.append("")
@@ -161,13 +159,12 @@ def group_by_document(documents, size, run_length, seed=0):
     group = []
     while any(by_length):
         room = size - len(group)
-        fitting = [n for n in range(1, run_length + 1) if by_length[n] and n <= room]
-        if fitting:
-            run = by_length[fitting[-1]].pop()
-        else:  # none fits: cut one
-            run = next(runs for runs in by_length if runs).pop()
-            by_length[len(run) - room].append(run[room:])
+        lengths = [n for n, runs in enumerate(by_length) if runs]
+        fitting = [n for n in lengths if n <= room]
+        run = by_length[max(fitting, default=lengths[0])].pop()
         group += run[:room]
+        if rest := run[room:]:  # none fitted
+            by_length[len(rest)].append(rest)
         if len(group) == size:
             yield group
             group = []
@@ -183,7 +180,7 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
     """
     from eval import BM25  # here, since eval imports this file
 
-    rng, groups = random.Random(seed), []
+    rng, groups, others = random.Random(seed), [], size // run_length - 1
     documents = [doc for doc in documents if len(doc) >= run_length]
     rng.shuffle(documents)
     for first in range(0, len(documents), block):
@@ -196,66 +193,71 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
         while before < len(groups):
             before = len(groups)
             for i in rng.sample(range(len(part)), len(part)):
-                alike = [i] + [j for j in near[i].tolist() if j != i and runs[j]]
-                alike = alike[: size // run_length]
-                if runs[i] and len(alike) == size // run_length:
-                    drawn = [runs[j].pop(rng.randrange(len(runs[j]))) for j in alike]
-                    groups.append([passage for run in drawn for passage in run])
+                alike = [j for j in near[i].tolist() if j != i and runs[j]][:others]
+                if runs[i] and len(alike) == others:
+                    groups.append([])
+                    for j in [i, *alike]:
+                        groups[-1] += runs[j].pop(rng.randrange(len(runs[j])))
     rng.shuffle(groups)
     return groups
 
 
-def document_text(doc, where):
-    """The text of a document {"text": ...}. Raises ValueError that begins with `where`."""
-    if not isinstance(doc, dict) or not isinstance(doc.get("text"), str):
-        raise ValueError(f'{where}: need an object with a text under "text"')
-    return doc["text"]
+def read_documents(file):
+    """(line number, {"text": ...}) of each line. Raises ValueError that names a bad one."""
+    for number, doc in read_lines(file):
+        if not isinstance(doc, dict) or not isinstance(doc.get("text"), str):
+            raise ValueError(f'{file}:{number}: need an object with a text under "text"')
+        yield number, doc
 
 
-def decode(raw):
-    """The text of a file's bytes: UTF-8, UTF-16 with a mark, else Windows-1252; None: no text."""
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") and raw[2:4] != b"\0\0":
+def read_text(file):
+    """The text of a file: UTF-8, UTF-16 with a mark, else Windows-1252. Names what is no text."""
+    raw = file.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return raw.decode("utf-16", "replace")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return None if b"\0" in raw else raw.decode("cp1252", "replace")
+        if b"\0" not in raw:
+            return raw.decode("cp1252", "replace")
+        note(f"{file} is no text, and left out")
+        return ""
 
 
 def read_passages(path):
     """[(source, passage)] of a folder of text files, one such file, or a file of JSON lines.
 
-    Hidden files are left out; what is no text is named. Raises ValueError if there is no text.
+    Raises ValueError if there is no text.
     """
     path, texts = Path(path), []
     if re.search(r"\.jsonl(\.gz)?$", path.name):
-        for number, doc in read_lines(path):
-            text = document_text(doc, f"{path}:{number}")
-            texts.append((str(doc.get("_id", number)), f"{doc.get('title') or ''} {text}"))
+        for number, doc in read_documents(path):
+            text = f"{doc.get('title') or ''} {doc['text']}"
+            texts.append((str(doc.get("_id", number)), text))
+    elif path.is_dir():
+        files = files_under(path, set())
+        texts = [(str(file.relative_to(path)), read_text(file)) for file in files]
     else:
-        for file in files_under(path):
-            name = str(file.relative_to(path)) if file != path else file.name
-            if (text := decode(file.read_bytes())) is None:
-                note(f"{file} is no text, and left out")
-            else:
-                texts.append((name, text))
+        texts = [(path.name, read_text(existing(path)))]
     passages = [(source, passage) for source, text in texts for passage in split_passages(text)]
     if not passages:
         raise ValueError(f"{path} holds no text")
     return passages
 
 
-def files_under(path):
-    """List the files of a folder in order, or the file itself. Links are followed, once each."""
-    if not path.is_dir():
-        return [existing(path)]
-    found, seen = [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        visible = [name for name in sorted(folders) if not name.startswith(".")]
-        folders[:] = [n for n in visible if os.path.realpath(os.path.join(folder, n)) not in seen]
-        found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return [file for file in found if file.is_file()]
+def files_under(folder, seen):
+    """Yield the files of a folder in order, then those of the folders in it; no hidden ones.
+
+    Links are followed, but no folder is entered twice: `seen` holds those that were.
+    """
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in seen:
+            yield from files_under(path, seen)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,10 +279,11 @@ def read_beir(folder, split="test"):
     qrels = {qid: grades for qid, grades in judged.items() if qid in queries}
     pairs = [docid for grades in qrels.values() for docid in grades]
     unknown = [docid for docid in pairs if docid not in corpus]
-    if 2 * len(qrels) < len(judged) or 2 * len(unknown) > len(pairs):
+    lost = len(judged) - len(qrels)
+    if 2 * lost > len(judged) or 2 * len(unknown) > len(pairs):
         raise ValueError(f"{file} judges mostly queries or documents that {folder} does not hold")
-    if len(qrels) < len(judged):
-        note(f"{file}: {len(judged) - len(qrels)} queries are not in queries.jsonl, and left out")
+    if lost:
+        note(f"{file}: {lost} queries are not in queries.jsonl, and left out")
     if unknown:
         note(f"{file}: {len(unknown)} judgements of documents not in corpus.jsonl: never found")
     qrels = {qid: grades for qid, grades in qrels.items() if max(grades.values()) > 0}
@@ -299,7 +302,7 @@ def read_collections(folders, split="test"):
 def read_texts(file):
     """{id: title + text} of a corpus.jsonl or queries.jsonl."""
     texts = {}
-    for number, row in read_lines(existing(file)):
+    for number, row in read_lines(file):
         row = row if isinstance(row, dict) else {}
         key, title, text = row.get("_id"), row.get("title") or "", row.get("text")
         key = str(key) if type(key) is int else key  # some number their documents
@@ -321,21 +324,20 @@ def read_qrels(file):
     """
     qrels = {}
     for number, line in enumerate(existing(file).read_bytes().splitlines(), 1):
-        with reading(f"{file}:{number}", "is not UTF-8"):
+        where = f"{file}:{number}"
+        with reading(where, "is not UTF-8"):
             line = line.decode("utf-8-sig")
-        fields = [f.strip(" ") for f in line.split("\t")] if "\t" in line else line.split()
-        whole = fields and re.fullmatch(r"[+-]?\d{1,9}", fields[-1])
+        fields = [field.strip(" ") for field in line.split("\t" if "\t" in line else None)]
         if not line.strip() or number == 1 and not re.search(r"\d", fields[-1]):
             continue  # empty, or a header
-        trec = len(fields) == 4 and fields[1] in ("0", "Q0")
-        if not whole or not trec and len(fields) != 3:
+        if len(fields) == 4 and fields[1] in ("0", "Q0"):
+            del fields[1]
+        if len(fields) != 3 or not re.fullmatch(r"[+-]?\d{1,9}", fields[2]):
             need = "need query-id, corpus-id, whole score, or TREC's query-id, 0, corpus-id, score"
-            raise ValueError(f"{file}:{number}: {need}")
-        qid, docid, grade = fields[0], fields[-2], int(fields[-1])
-        if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
-            raise ValueError(
-                f"{file}:{number}: {docid!r:.80} has another score for {qid!r:.80} above"
-            )
+            raise ValueError(f"{where}: {need}")
+        qid, docid, grade = fields
+        if qrels.setdefault(qid, {}).setdefault(docid, int(grade)) != int(grade):
+            raise ValueError(f"{where}: {docid!r:.80} has another score for {qid!r:.80} above")
     return qrels
 
 
@@ -392,8 +394,8 @@ def tell(rng, name, tellings):
         yield " ".join(rng.choice(WORDINGS[what]).format(**facts) for what in told)
 
 
-def train_tokenizer(texts):
-    """A byte-level BPE of 1,024 tokens."""
+def write_tokenizer(folder, texts):
+    """Train a byte-level BPE of 1,024 tokens, write it to `folder`, and return it."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -404,14 +406,16 @@ def train_tokenizer(texts):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     return tokenizer
 
 
-def write_toy_world(folder, seed, n_groups=2000, group_size=16, n_test=200):
+def write_toy_world(folder, seed, n_groups=2000, n_test=200):
     """Write a world to `folder`, all but the weights of its tiny decoder.
 
-    groups.jsonl to train on: each group tells twice of `group_size` / 2 people. A test collection
-    in BEIR layout about people whose names occur in no group. A tokenizer trained on the groups.
+    groups.jsonl to train on: each group tells twice of 8 people. A test collection in BEIR layout
+    about people whose names occur in no group. A tokenizer trained on the groups.
     """
     folder, rng = Path(folder), random.Random(seed)
     (folder / "qrels").mkdir(parents=True)
@@ -419,28 +423,34 @@ def write_toy_world(folder, seed, n_groups=2000, group_size=16, n_test=200):
     rng.shuffle(names)
     groups = []
     for _ in range(n_groups):
-        people = rng.sample(names[n_test:], group_size // 2)
+        people = rng.sample(names[n_test:], 8)
         group = [text for name in people for text in tell(rng, name, 2)]
         rng.shuffle(group)
         groups.append(group)
-    corpus, queries, qrels = [], [], ["query-id\tcorpus-id\tscore"]
+    corpus, queries, qrels = [], [], "query-id\tcorpus-id\tscore\n"
     for i, name in enumerate(names[:n_test]):
         query, *passages = tell(rng, name, 3)
         queries.append({"_id": f"q{i}", "text": query})
         for j, text in enumerate(passages):
             corpus.append({"_id": f"d{i}.{j}", "title": "", "text": text})
-            qrels.append(f"q{i}\td{i}.{j}\t1")
+            qrels += f"q{i}\td{i}.{j}\t1\n"
     for name, rows in (("groups", groups), ("corpus", corpus), ("queries", queries)):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    (folder / "qrels" / "test.tsv").write_text("\n".join(qrels) + "\n")
-
-    tokenizer = train_tokenizer(p + t for group in groups for t in group for p in PREFIX.values())
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    config = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 64}
-    config |= {"intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config |= {"tie_word_embeddings": True, "eos_token_id": 0, "initializer_range": 0.05}
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    (folder / "qrels" / "test.tsv").write_text(qrels)
+    read = [p + text for group in groups for text in group for p in PREFIX.values()]
+    tokenizer = write_tokenizer(folder, read)
+    config = {
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+        "initializer_range": 0.05,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -485,10 +495,11 @@ def reading(where, failed):
     """Turn whatever fails inside into one ValueError of one line: "{where} {failed}: ..."."""
     try:
         yield
-    except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # Rust's, and no Exception
-        if str(error).startswith(str(where)) or not (panic or isinstance(error, Exception)):
-            raise  # it names the place itself, or it is Ctrl-C
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        if str(error).startswith(str(where)):
+            raise  # it names the place itself
         raise ValueError(f"{where} {failed}: {brief(error) or type(error).__name__}") from None
 
 
@@ -498,11 +509,10 @@ def out_of_memory(where, advice):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if "allocate" not in str(error):
             raise
-        raise ValueError(
-            f"out of memory {where} ({str(error).splitlines()[0]}). {advice}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"out of memory {where} ({reason}). {advice}") from None
 
 
 def existing(file):
@@ -536,7 +546,7 @@ def read_safetensors(file):
 def read_lines(file):
     """(line number, JSON value) of each non-empty line of a JSON-lines file, gzipped or not."""
     opened = gzip.open if str(file).endswith(".gz") else open
-    with reading(file, "cannot be read"), opened(file, "rb") as lines:
+    with reading(file, "cannot be read"), opened(existing(file), "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield number, parse(line, f"{file}:{number}")
@@ -546,7 +556,7 @@ def new(path):
     """Return `path`. Raises ValueError if there is something already, or no folder to hold it."""
     if path and Path(path).exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
-    if path and not Path(path).absolute().parent.is_dir():
+    if path and not Path(path).parent.is_dir():
         raise ValueError(f"{path}: there is no folder {Path(path).parent}; make it first")
     return path
 
@@ -629,27 +639,25 @@ def main():
         if args.group_size % run_length or args.group_size == run_length:
             raise ValueError("with --similar, --run_length must divide --group_size: 4, say")
 
-    documents, seen, repeated = [], set(), 0
+    documents, seen, total = [], set(), 0
     for file in args.docs:
-        for number, doc in read_lines(existing(file)):
-            passages = split_passages(document_text(doc, f"{file}:{number}"), args.max_words)
+        for _, doc in read_documents(file):
+            passages = split_passages(doc["text"], args.max_words)
             fresh = [p for p in dict.fromkeys(passages) if p not in seen]
-            repeated += len(passages) - len(fresh)
-            seen.update(fresh)
             documents.append(fresh)
-    groups, partial = 0, Path(f"{args.out}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", errors="replace") as out:
-            for texts in group(documents, args.group_size, run_length, args.seed):
-                out.write(json.dumps(texts, ensure_ascii=False) + "\n")
-                groups += 1
-        if not groups:
-            raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
-        os.replace(partial, args.out)
-    finally:
-        partial.unlink(missing_ok=True)
+            seen.update(fresh)
+            total += len(passages)
+    groups = list(group(documents, args.group_size, run_length, args.seed))
+    if not groups:
+        raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
+    partial = f"{args.out}.partial"
+    with open(partial, "w", encoding="utf-8", errors="replace") as out:
+        for texts in groups:
+            out.write(json.dumps(texts, ensure_ascii=False) + "\n")
+    os.replace(partial, args.out)
+    repeated = total - len(seen)
     print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated left out)")
-    print(f"{args.out}: {groups:,} groups of {args.group_size}")
+    print(f"{args.out}: {len(groups):,} groups of {args.group_size}")
 
 
 if __name__ == "__main__":
