@@ -388,14 +388,14 @@ WORDINGS = {
 
 def tell(rng, name, tellings):
     """Yield passages about a new person `name`: three of her four facts, in changing words."""
-    facts = {"name": name} | {what: rng.choice(values) for what, values in FACTS.items()}
+    facts = {what: rng.choice(values) for what, values in FACTS.items()}
     for _ in range(tellings):
         told = rng.sample(sorted(FACTS), 3)
-        yield " ".join(rng.choice(WORDINGS[what]).format(**facts) for what in told)
+        yield " ".join(rng.choice(WORDINGS[what]).format(name=name, **facts) for what in told)
 
 
-def write_tokenizer(folder, texts):
-    """Train a byte-level BPE of 1,024 tokens, write it to `folder`, and return it."""
+def write_toy_decoder(folder, texts):
+    """Write a byte-level BPE of 1,024 tokens, trained on `texts`, and a tiny decoder's config."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -408,7 +408,18 @@ def write_tokenizer(folder, texts):
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    return tokenizer
+    config = {
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+        "initializer_range": 0.05,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_toy_world(folder, seed, n_groups=2000, n_test=200):
@@ -437,21 +448,9 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
     for name, rows in (("groups", groups), ("corpus", corpus), ("queries", queries)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text)
-    (folder / "qrels" / "test.tsv").write_text(qrels)
+    (folder / "qrels/test.tsv").write_text(qrels)
     read = [p + text for group in groups for text in group for p in PREFIX.values()]
-    tokenizer = write_tokenizer(folder, read)
-    config = {
-        "model_type": "llama",
-        "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "tie_word_embeddings": True,
-        "eos_token_id": 0,
-        "initializer_range": 0.05,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_toy_decoder(folder, read)
 
 
 # --------------------------------------------------------------------------------------------------

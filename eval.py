@@ -37,7 +37,6 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data import (
@@ -62,17 +61,22 @@ def ranking(run):
     """{qid: document ids, best first}: by float32 score, ties by document id, both descending."""
     ranked = {}
     for qid, docs in run.items():
-        pairs = sorted(((np.float32(score).item(), d) for d, score in docs.items()), reverse=True)
-        ranked[qid] = [docid for _, docid in pairs]
+        scores = np.array(list(docs.values()), np.float32).tolist()
+        ranked[qid] = [docid for _, docid in sorted(zip(scores, docs), reverse=True)]
     return ranked
 
 
-def relevant(run, qrels):
-    """The queries of `run` that have a relevant document: id, ranking, positive grades."""
+def judged(run, qrels):
+    """Yield, for each query that has a relevant document, its id and two lists of grades.
+
+    The first list is that of its results, best first, 0 where one is not relevant. The second is
+    that of all its relevant documents, the highest first.
+    """
     for qid, docids in ranking(run).items():
         grades = {docid: grade for docid, grade in qrels.get(qid, {}).items() if grade > 0}
         if grades:
-            yield qid, docids, grades
+            found = [grades.get(docid, 0) for docid in docids]
+            yield qid, found, sorted(grades.values(), reverse=True)
 
 
 def ndcg(run, qrels, k=10):
@@ -81,39 +85,34 @@ def ndcg(run, qrels, k=10):
     def dcg(grades):
         return sum(grade / math.log2(r + 1) for r, grade in enumerate(grades[:k], 1))
 
-    values = {}
-    for qid, docids, grades in relevant(run, qrels):
-        found = [grades.get(docid, 0) for docid in docids]
-        values[qid] = dcg(found) / dcg(sorted(grades.values(), reverse=True))
-    return values
+    return {qid: dcg(found) / dcg(best) for qid, found, best in judged(run, qrels)}
 
 
 def mrr(run, qrels, k=10):
     """{qid: 1 / rank of the first relevant document}, 0 if it is not among the first k."""
     values = {}
-    for qid, docids, grades in relevant(run, qrels):
-        ranks = [r for r, docid in enumerate(docids[:k], 1) if docid in grades]
-        values[qid] = 1 / ranks[0] if ranks else 0.0
+    for qid, found, _ in judged(run, qrels):
+        ranks = [r for r, grade in enumerate(found[:k], 1) if grade]
+        values[qid] = 1 / min(ranks, default=math.inf)
     return values
 
 
 def recall(run, qrels, k=100):
     """{qid: share of the relevant documents that are among the first k}."""
-    values = {}
-    for qid, docids, grades in relevant(run, qrels):
-        values[qid] = sum(docid in grades for docid in docids[:k]) / len(grades)
-    return values
+    return {qid: sum(map(bool, found[:k])) / len(best) for qid, found, best in judged(run, qrels)}
+
+
+MEASURES = {"ndcg@10": ndcg, "mrr@10": mrr, "recall@100": recall}
 
 
 def measure(run, qrels):
-    """The means over queries: ndcg@10, mrr@10, recall@100; each query's under "per_query"."""
-    values = {
-        "ndcg@10": ndcg(run, qrels),
-        "mrr@10": mrr(run, qrels),
-        "recall@100": recall(run, qrels),
-    }
-    means = {name: sum(v.values()) / len(v) for name, v in values.items()}
-    rows = {qid: {name: v[qid] for name, v in values.items()} for qid in values["ndcg@10"]}
+    """The means of MEASURES over queries; each query's under "per_query"."""
+    means, rows = {}, {}
+    for name, of in MEASURES.items():
+        values = of(run, qrels)
+        means[name] = sum(values.values()) / len(values)
+        for qid, value in values.items():
+            rows.setdefault(qid, {})[name] = value
     return means | {"per_query": rows}
 
 
@@ -128,11 +127,12 @@ def search(queries, passages, k, chunk=65536):
     the best k so far, so that Q * P scores never exist at once. With fewer than k, k is P.
     """
     scores = torch.empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.int64)
+    indices = scores.long()
     for start in range(0, len(passages), chunk):
         part = queries @ passages[start : start + chunk].T  # [Q, chunk]
-        numbers = torch.arange(start, start + part.shape[1]).expand(len(queries), -1)
-        scores, indices = torch.cat([scores, part], 1), torch.cat([indices, numbers], 1)
+        numbers = torch.arange(start, start + part.shape[1]).expand_as(part)
+        scores = torch.cat([scores, part], 1)
+        indices = torch.cat([indices, numbers], 1)
         scores, best = scores.topk(min(k, scores.shape[1]))
         indices = indices.gather(1, best)
     return scores, indices
@@ -146,9 +146,11 @@ def first(collection, qid, pairs, k):
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
-    same = text == query or text.endswith(" " + query) and 2 * len(query) > len(text)  # a title
-    itself = same and qrels[qid].get(qid, 0) <= 0
-    return dict([(docid, s) for docid, s in pairs if not (itself and docid == qid)][:k])
+    same = f" {text}".endswith(f" {query}") and 2 * len(query) > len(text)  # perhaps with a title
+    found = dict(pairs)
+    if same and qrels[qid].get(qid, 0) <= 0:
+        found.pop(qid, None)
+    return dict(list(found.items())[:k])
 
 
 def dense_run(retriever, collection, k=1000, out=None, **encode):
@@ -158,36 +160,28 @@ def dense_run(retriever, collection, k=1000, out=None, **encode):
     its part of the documents (and writes it to `out` with ".RANK-of-WORLD" before the suffix).
     """
     corpus, queries, _ = collection
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     docids, P = list(corpus), len(corpus)
     start, end = P * rank // world, P * (rank + 1) // world
-    if out is not None and world > 1:
+    if out and world > 1:
         out = Path(out).with_suffix(f".{rank}-of-{world}.npy")
-    texts = [corpus[docid] for docid in docids[start:end]]
+    texts = list(corpus.values())[start:end]
     passages = retriever.encode(texts, "passage", out=out, **encode)  # [P, D]
     vectors = retriever.encode(list(queries.values()), "query", **encode)  # [Q, D]
     scores, indices = search(vectors, passages, k + 1)
     if world > 1:
-        device = retriever.llama.embed_tokens.weight.device
-        scores, indices = merge_parts(scores, indices + start, min(k + 1, P), P, device)
+        parts = [None] * world
+        dist.all_gather_object(parts, (scores, indices + start))
+        scores, indices = (torch.cat(part, 1) for part in zip(*parts))
+        scores, best = scores.topk(min(k + 1, P))
+        indices = indices.gather(1, best)
     run = {}
     for qid, row, best in zip(queries, scores.tolist(), indices.tolist()):
-        run[qid] = first(collection, qid, zip([docids[i] for i in best], row), k)
+        pairs = zip([docids[i] for i in best], row)
+        run[qid] = first(collection, qid, pairs, k)
     return run
-
-
-def merge_parts(scores, indices, k, P, device):
-    """Each process's best [Q, k] -> the best of all, on every process. Collective."""
-    world = dist.get_world_size()
-    width = min(k, -(-P // world)) - scores.shape[1]  # parts differ by a passage
-    scores, indices = F.pad(scores, (0, width), value=-torch.inf), F.pad(indices, (0, width))
-    parts = []
-    for t in (scores, indices):
-        gathered = [torch.empty_like(t, device=device) for _ in range(world)]
-        dist.all_gather(gathered, t.to(device))
-        parts.append(torch.cat(gathered, 1).cpu())
-    scores, best = parts[0].topk(k)
-    return scores, parts[1].gather(1, best)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,12 +209,14 @@ class BM25:
             lengths.append(len(words))
             for word, tf in Counter(words).items():
                 postings.setdefault(word, array("i")).extend((doc, tf))
-        norm = k1 * (1 - b + b * np.array(lengths) / max(np.mean(lengths), 1e-9))  # [N]
         self.n, self.impacts = len(lengths), {}
+        lengths = np.array(lengths)
+        norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))  # [N]
         for word, pairs in postings.items():
             docs, tf = np.array(pairs).reshape(-1, 2).T
             idf = np.log(1 + (self.n - len(docs) + 0.5) / (len(docs) + 0.5))
-            self.impacts[word] = docs, (idf * tf / (tf + norm[docs])).astype(np.float32)
+            impact = idf * tf / (tf + norm[docs])
+            self.impacts[word] = docs, impact.astype(np.float32)
 
     def words(self, text):
         """The words of `text`; each character of a script without spaces is one."""
@@ -242,7 +238,8 @@ class BM25:
 def bm25_run(collection, k=1000, index=None):
     """The run of BM25. Documents that share no word with the query are not results."""
     corpus, queries, _ = collection
-    docids, index, run = list(corpus), index or BM25(corpus.values()), {}
+    docids, run = list(corpus), {}
+    index = index or BM25(corpus.values())
     for qid, text in queries.items():
         scores = index.scores(text)
         best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
@@ -259,11 +256,11 @@ def fuse(*runs):
     fused = {}
     for run in runs:
         for qid, docs in run.items():
-            low, high = min(docs.values(), default=0), max(docs.values(), default=0)
-            total = fused.setdefault(qid, {})
+            low = min(docs.values(), default=0)
+            high = max(docs.values(), default=0)
+            total = fused.setdefault(qid, Counter())
             for docid, score in docs.items():
-                scaled = (score - low) / (high - low) if high > low else 1.0
-                total[docid] = total.get(docid, 0) + scaled
+                total[docid] += (score - low) / (high - low) if high > low else 1.0
     return fused
 
 
@@ -281,19 +278,22 @@ def show(run, collection, n=3, depth=3):
             print(f"    {star} {run[qid][docid]:.3f}  {corpus[docid]}")
 
 
-def interactive(path, retriever, bm25, english, folder=None, progress=False, **encode):
-    """Answer questions from stdin with the five best passages of `path`, until an empty line.
+def interactive(args, retriever, progress=False, **encode):
+    """Answer questions from stdin with the five best passages, until an empty line.
 
-    The vectors' name in `folder` has a hash of the passages and of what the model makes of a text:
+    The vectors' name in --vectors has a hash of the passages and of what the model makes of a text:
     by it they are found again.
     """
-    sources, passages = zip(*read_passages(path))
-    corpus, index = dict(enumerate(passages)), BM25(passages, english) if bm25 else None
+    sources, passages = zip(*read_passages(args.interactive))
+    corpus = dict(enumerate(passages))
+    if args.bm25:
+        index = BM25(passages, args.english)
     if retriever:
         probe = retriever.encode(["a text"], **encode).tolist()
         made_from = json.dumps([probe, encode["max_len"], passages]).encode()
-        name = f"{Path(path).resolve().name}-{hashlib.sha256(made_from).hexdigest()[:16]}.npy"
-        file = folder and Path(folder, name)
+        name = Path(args.interactive).resolve().name
+        digest = hashlib.sha256(made_from).hexdigest()[:16]
+        file = Path(args.vectors, f"{name}-{digest}.npy") if args.vectors else None
         if file and file.exists():
             vectors = torch.from_numpy(np.load(file, mmap_mode="c"))
         else:
@@ -303,7 +303,7 @@ def interactive(path, retriever, bm25, english, folder=None, progress=False, **e
     with suppress(EOFError, KeyboardInterrupt):
         while question := input("\n> ").strip():
             runs = []
-            if bm25:
+            if args.bm25:
                 runs.append(bm25_run((corpus, {"": question}, {"": {}}), index=index))
             if retriever:
                 query = retriever.encode([question], "query", **encode)  # [1, D]
@@ -349,7 +349,7 @@ def read_max_len(folder):
     file, name = folder / "sentence_bert_config.json", "max_seq_length"
     if not file.exists():
         return 512
-    if name not in read_json(file) and (folder / "tokenizer_config.json").exists():
+    if name not in read_json(file):
         file, name = folder / "tokenizer_config.json", "model_max_length"
     length = read_json(file).get(name)
     if length is None:
@@ -365,34 +365,55 @@ def export(retriever, folder, max_len=512):
     The tokenizer appends the EOS itself, or with mean pooling, which does not count it, leaves it
     out. A Dense layer standardises. Merges LoRA into the retriever's weights.
     """
-    if retriever.tokenizer is None:
+    folder, ours = Path(folder), retriever.tokenizer
+    if ours is None:
         raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which --export needs")
-    folder, ours, mean = Path(folder), retriever.tokenizer, retriever.pooling == "mean"
-    around = [ours.tokenizer.id_to_token(i) for i in (*ours.start, ours.eos_id)]
-    if None in around:
+    ids = [*ours.start, ours.eos_id]
+    tokens = [ours.tokenizer.id_to_token(i) for i in ids]
+    if None in tokens:
         raise ValueError(f"{ours.file} has no token {ours.eos_id}, the EOS, which --export needs")
     merge_lora(retriever.llama)
     save_model(retriever.llama, folder)
+    *start, eos = tokens
     tokenizer = tokenizers.Tokenizer.from_str(ours.tokenizer.to_str())
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[*around[:-1], "$A"] + ([] if mean else [around[-1]]),
-        special_tokens=[(token, ours.tokenizer.token_to_id(token)) for token in set(around)],
+        single=[*start, "$A"] if retriever.pooling == "mean" else [*start, "$A", eos],
+        special_tokens=list(zip(tokens, ids)),
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    kinds = ["Transformer", "Pooling"] + ["Dense"] * mean + ["Normalize"]
-    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds[1:], 1))]
-    for path in paths[1:]:
-        (folder / path).mkdir()
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(zip(kinds, paths))
-    ]
-    size = retriever.llama.config.hidden_size
-    pooling = {"pooling_mode_lasttoken": not mean, "pooling_mode_mean_tokens": mean}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_len}
-    config |= {"eos_token": around[-1], "pad_token": around[-1], "padding_side": "right"}
-    config |= {"clean_up_tokenization_spaces": False}
-    write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": size} | pooling)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_len,
+        "eos_token": eos,
+        "pad_token": eos,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    write_modules(retriever, folder)
+    retriever.save_pooling(folder)
+    write_encoding(folder, max_len)
+
+
+def write_modules(retriever, folder):
+    """Say in `folder` what sentence-transformers computes, one module after the other."""
+    mean, size = retriever.pooling == "mean", retriever.llama.config.hidden_size
+    kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
+    if not mean:
+        kinds.remove("Dense")
+    modules = []
+    for i, kind in enumerate(kinds):
+        path = f"{i}_{kind}" if i else ""
+        (folder / path).mkdir(exist_ok=True)
+        kind = f"sentence_transformers.models.{kind}"
+        modules.append({"idx": i, "name": str(i), "path": path, "type": kind})
+    write_json(folder / "modules.json", modules)
+    pooling = {
+        "word_embedding_dimension": size,
+        "pooling_mode_lasttoken": not mean,
+        "pooling_mode_mean_tokens": mean,
+    }
+    write_json(folder / "1_Pooling/config.json", pooling)
     if mean:
         dense = {"in_features": size, "out_features": size, "bias": True}
         dense["activation_function"] = "torch.nn.modules.linear.Identity"
@@ -400,24 +421,23 @@ def export(retriever, folder, max_len=512):
         center, scale = retriever.mean.cpu(), 1 / retriever.std.cpu()
         layer = {"linear.weight": scale.diag(), "linear.bias": -center * scale}
         save_file(layer, folder / "2_Dense/model.safetensors")
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "tokenizer_config.json", config)
-    retriever.save_pooling(folder)
-    write_encoding(folder, max_len)
 
 
-def mteb_results(folder, tasks):
-    """Let mteb, which fetches the tasks' data, evaluate an export: results as `main` makes them."""
+def mteb_results(retriever, tasks, max_len):
+    """Let mteb, which fetches the tasks' data, evaluate an export: results as of `evaluate`."""
     import mteb
     from sentence_transformers import SentenceTransformer
 
-    names = {"ndcg@10": "ndcg_at_10", "mrr@10": "mrr_at_10", "recall@100": "recall_at_100"}
-    model, results = SentenceTransformer(str(folder)), []
-    for task in mteb.evaluate(model, mteb.get_tasks(tasks=tasks), cache=None).task_results:
+    with tempfile.TemporaryDirectory() as folder:
+        export(retriever, folder, max_len)
+        tasks = mteb.get_tasks(tasks=tasks)
+        done = mteb.evaluate(SentenceTransformer(folder), tasks, cache=None)
+    for task in done.task_results:
         scores = next(iter(task.scores.values()))[0]  # of the task's one split
         result = {"data": task.task_name, "system": "dense", "per_query": {}}
-        results.append(result | {ours: scores[theirs] for ours, theirs in names.items()})
-    return results
+        result |= {name: scores[name.replace("@", "_at_")] for name in MEASURES}
+        print(LINE.format(**result, queries="", documents="", s=0))
+        yield result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,19 +446,15 @@ def mteb_results(folder, tasks):
 
 def setup(device=None):
     """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
         # glibc keeps what it frees: else a CPU run spends half of its time asking for it again
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX
             libc.mallopt(option, value)
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    device = device or next(name for name in there if there[name])
-    if not there.get(device.split(":")[0]):
-        choice = ", ".join(name for name in there if there[name])
-        raise ValueError(f"--device {device} is not there; here are: {choice}")
+    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    device = device or here[0]
+    if device.split(":")[0] not in here:
+        raise ValueError(f"--device {device} is not there; here are: {', '.join(here)}")
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
     if device == "cuda":
@@ -484,19 +500,21 @@ def parse_args(argv=None):
     """The arguments, checked as far as it goes without reading anything."""
     defaults, given = flags_given("Evaluate a retriever, or BM25, on collections.", FLAGS, argv)
     args = Namespace(**defaults | given)
-    texts, model = args.data or args.interactive, args.mteb or args.export
-    if not (texts or model) or texts and not (args.model or args.bm25) or model and not args.model:
+    to_others = args.mteb or args.export
+    asked = args.data or args.interactive or to_others
+    if not asked or not args.model and (to_others or not args.bm25):
         raise ValueError(
             "nothing to do: give --data or --interactive with --model, --bm25 or both; "
             "or --model with --mteb or --export"
         )
     if args.adapter and not args.model:
         raise ValueError("--adapter needs the --model it belongs to")
-    if args.mteb and not all(map(find_spec, ("mteb", "sentence_transformers"))):
+    if args.mteb and not find_spec("mteb"):
         raise ValueError("--mteb needs the package mteb: pip install 'mteb>=2'")
     if args.max_len == 1:
         raise ValueError("--max_len is 1; need at least 2, or 0: as the model says")
-    new(args.out), new(args.export)
+    new(args.out)
+    new(args.export)
     return args
 
 
@@ -505,35 +523,40 @@ LINE = """{data:<16} {system:<7} {ndcg@10:8.4f} {mrr@10:8.4f} {recall@100:8.4f} 
 {queries:>8} {documents:>10} {s:6.1f}"""
 
 
+def systems(args, retriever, options, collection, out):
+    """Yield (system, run) of what is asked for: dense, bm25, fused."""
+    if retriever:
+        dense = dense_run(retriever, collection, args.top_k, out, **options)
+        yield "dense", dense
+    if args.bm25:
+        index = BM25(collection[0].values(), args.english)
+        bm25 = bm25_run(collection, args.top_k, index)
+        yield "bm25", bm25
+    if retriever and args.bm25:
+        yield "fused", fuse(dense, bm25)
+
+
 def evaluate(args, retriever, options, say):
     """Yield the results of every collection and system, and print them."""
-    collections, files = read_collections(args.data, args.split), {}
-    if args.vectors and retriever:
-        files = {n: Path(args.vectors, n.replace("/", "_") + ".npy") for n in collections}
-        for file in files.values():
-            new(file)
+    collections = read_collections(args.data, args.split)
+    files = dict.fromkeys(collections)
+    if args.vectors:
+        for name in collections:
+            file = f"{name.replace('/', '_')}.npy"
+            files[name] = new(Path(args.vectors, file))
     if collections:
         say(HEAD)
     for name, collection in collections.items():
         corpus, queries, qrels = collection
-        runs = {}
-        for system in ("dense", "bm25", "fused"):
-            began = time.time()
-            if system == "dense" and retriever:
-                runs[system] = dense_run(
-                    retriever, collection, args.top_k, files.get(name), **options
-                )
-            elif system == "bm25" and args.bm25:
-                index = BM25(corpus.values(), args.english)
-                runs[system] = bm25_run(collection, args.top_k, index)
-            elif system == "fused" and len(runs) == 2:
-                runs[system] = fuse(runs["dense"], runs["bm25"])
-            else:
-                continue
-            result = {"data": name, "system": system} | measure(runs[system], qrels)
+        began = time.time()
+        for system, run in systems(args, retriever, options, collection, files[name]):
+            result = {"data": name, "system": system} | measure(run, qrels)
             size = {"queries": len(queries), "documents": len(corpus), "s": time.time() - began}
             say(LINE.format(**result | size))
             yield result
+            began = time.time()
+    if args.mteb:
+        yield from mteb_results(retriever, args.mteb, args.max_len)
 
 
 def main(argv=None):
@@ -542,7 +565,8 @@ def main(argv=None):
         Path(args.vectors).mkdir(parents=True, exist_ok=True)
     device, rank, world = setup(args.device)
     if rank > 0:  # helps with the dense runs and leaves the rest to the first process
-        args.bm25, args.mteb, args.export, args.out, args.interactive = False, [], None, None, None
+        for name in ("bm25", "mteb", "export", "out", "interactive"):
+            setattr(args, name, None)
     say = print if rank == 0 else lambda *_: None
     retriever, options = None, {}
     if args.model:
@@ -550,8 +574,11 @@ def main(argv=None):
         retriever = Retriever.from_pretrained(args.model, args.adapter, dtype, device)
         merge_lora(retriever.llama)
         args.max_len = args.max_len or read_max_len(args.adapter or args.model)
-        options = {"max_len": args.max_len, "batch_tokens": args.batch_tokens}
-        options["progress"] = sys.stderr.isatty() and rank == 0
+        options = {
+            "max_len": args.max_len,
+            "batch_tokens": args.batch_tokens,
+            "progress": sys.stderr.isatty() and rank == 0,
+        }
     results = []
     for result in evaluate(args, retriever, options, say):
         results.append(result)
@@ -560,16 +587,8 @@ def main(argv=None):
     if args.export:
         export(retriever, args.export, args.max_len)
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
-    if args.mteb:
-        with tempfile.TemporaryDirectory() as folder:
-            export(retriever, folder, args.max_len)
-            for result in mteb_results(folder, args.mteb):
-                say(LINE.format(**result, queries="", documents="", s=0))
-                results.append(result)
-        if args.out:
-            write_json(args.out, {"config": vars(args), "results": results})
     if args.interactive:
-        interactive(args.interactive, retriever, args.bm25, args.english, args.vectors, **options)
+        interactive(args, retriever, **options)
     if world > 1:
         dist.barrier()  # a process that leaves while another works would end the job for both
 
