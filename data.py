@@ -163,7 +163,7 @@ def group_by_document(documents, size, run_length, seed=0):
         fitting = [n for n in lengths if n <= room]
         run = by_length[max(fitting, default=lengths[0])].pop()
         group += run[:room]
-        if rest := run[room:]:  # none fitted
+        if rest := run[room:]:  # none fitted: the shortest is cut
             by_length[len(rest)].append(rest)
         if len(group) == size:
             yield group
@@ -469,13 +469,14 @@ def find(name):
     The hub's cache and its variables (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are respected. Raises
     ValueError that says how to fetch by hand.
     """
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", str(name)):
+    hub_id = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(name))
+    if Path(name).exists() or not hub_id:
         return Path(name)
     from huggingface_hub import snapshot_download  # here, since it is slow to import
 
-    repo, _, revision = str(name).partition("@")
+    repo, revision = hub_id.groups()
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is no folder here, and the Hugging Face hub did not give it "
