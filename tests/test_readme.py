@@ -110,7 +110,7 @@ def test_the_tables_are_what_the_raw_numbers_say(monkeypatch):
     text = "".join(section for section in sections if not section.startswith(others))
     made = ["\n".join(table()) + "\n" for table in tables.TABLES]
     assert re.findall(r"(?:^\|.*\n)+", text, re.M) == made
-    assert "\n".join(tables.recipe()) in readme and "\n".join(tables.claims()) in results
+    assert "\n".join(tables.readme()) in readme and "\n".join(tables.claims()) in results
 
 
 def test_the_source_of_a_package_becomes_a_collection_and_texts_to_train_on(tmp_path, monkeypatch):
