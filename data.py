@@ -39,7 +39,7 @@ def parse_group(line, where, size):
     if isinstance(group, dict):
         group, src = group.get("text"), group.get("src")
     if not isinstance(group, list) or not all(isinstance(text, str) for text in group):
-        need = 'a list of texts, or {"src": ..., "text": [...]} with one'
+        need = 'a list of texts, or {"src": ..., "text": that list}'
         raise ValueError(f"{where}: need {need}")
     if len(group) < size:
         need = f"need {size} (--train_group_size)"
@@ -82,9 +82,9 @@ def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1)
     """Which of n groups this rank reads: `groups` indices for each micro-batch of updates `first`
     to `last` - 1.
 
-    Each epoch is a permutation that depends on (seed, epoch) alone, and update u takes the next
-    world * accumulation * groups of it. So a resumed run goes on where it was, and the same update
-    on more ranks reads the same groups.
+    Each epoch is a permutation that depends on (seed, epoch) alone, and an update takes the next
+    world * accumulation * groups of it. So a run can be resumed, and what an update reads does not
+    depend on how that product is split.
     """
 
     @lru_cache(1)
@@ -99,16 +99,17 @@ def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1)
 # --------------------------------------------------------------------------------------------------
 # documents -> passages -> groups
 
-# Characters of scripts that are written without spaces: each counts as a word.
+# Thai, Lao, Burmese, Khmer, kana, Chinese have no spaces: each character counts as a word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-MARKS = "\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3"  # on them
+MARKS = "\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3"  # theirs
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
-# Where a text may be cut, from the best place to the last resort: after a sentence or paragraph, a
-# line, a word.
+# Where a text may be cut, from the best place to the last resort.
 CUTS = [
+    # after . ! ? unless a small letter follows; at an empty line; after their Chinese forms
     re.compile(r"""(?<=[.!?])["')\]]*\s+(?![a-z])|\n\s*\n|[。！？]["'」』”’]*"""),
     re.compile(r"\n"),
+    # between words; between unspaced characters, but not before a mark on one
     re.compile(rf"\s+|(?<=[{UNSPACED}])(?![{MARKS}])"),
 ]
 
@@ -116,8 +117,8 @@ CUTS = [
 def split_passages(text, max_words=120):
     """Cut `text` into passages of whole sentences, as many as fit into `max_words` words.
 
-    Nothing is left out or changed but white space at the ends. A sentence that is too long is cut
-    at line ends, and such a line between words.
+    Nothing is left out or changed but white space at the ends. Too long a sentence is cut at line
+    ends, too long a line between words.
 
     >>> split_passages("One two. Three four. Five.", 4)
     ['One two. Three four.', 'Five.']
@@ -171,11 +172,11 @@ def group_by_document(documents, size, run_length, seed=0):
 
 
 def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest=60):
-    """Return groups of `size` passages: a run from each of size / run_length documents alike.
+    """List groups of `size` passages: a run from each of size / run_length documents alike.
 
     A run is `run_length` consecutive passages; what is left of a document is not used. The first
-    document of a group is drawn at random, and the others are the nearest to it, by BM25 with all
-    of its words, that still have a run: among its `nearest`, and in its `block` of documents, so
+    document of a group is drawn at random. The others are those most like it that still have a run:
+    by BM25 with all of its words, out of its `nearest`. Documents meet in blocks of `block`, so
     that the time grows linearly.
     """
     from eval import BM25  # here, since eval imports this file
@@ -185,12 +186,15 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
     rng.shuffle(documents)
     for first in range(0, len(documents), block):
         part = documents[first : first + block]
-        runs = [list(zip(*[iter(doc)] * run_length)) for doc in part]
+        runs = []
+        for doc in part:
+            starts = range(0, len(doc) - run_length + 1, run_length)
+            runs.append([doc[i : i + run_length] for i in starts])
         texts = [" ".join(doc) for doc in part]
         index = BM25(texts)
         near = [np.argsort(-index.scores(text), kind="stable")[: nearest + 1] for text in texts]
-        before = -1
-        while before < len(groups):
+        before = None
+        while before != len(groups):
             before = len(groups)
             for i in rng.sample(range(len(part)), len(part)):
                 alike = [j for j in near[i].tolist() if j != i and runs[j]][:others]
@@ -213,7 +217,7 @@ def read_documents(file):
 def read_text(file):
     """The text of a file: UTF-8, UTF-16 with a mark, else Windows-1252. Names what is no text."""
     raw = file.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # the mark
         return raw.decode("utf-16", "replace")
     try:
         return raw.decode("utf-8-sig")
@@ -293,7 +297,7 @@ def read_beir(folder, split="test"):
 
 
 def read_collections(folders, split="test"):
-    """{name: (corpus, queries, qrels)}; the name is the folder's own, or of two alike its path."""
+    """{name: (corpus, queries, qrels)}: a folder's name, or its path if two have one name."""
     names = [Path(folder).resolve().name for folder in folders]
     named = zip(names, map(str, folders))
     return {n if names.count(n) == 1 else folder: read_beir(folder, split) for n, folder in named}
@@ -320,7 +324,7 @@ def read_texts(file):
 def read_qrels(file):
     """{qid: {docid: grade}} of lines "qid docid grade", or TREC's "qid 0 docid grade".
 
-    Columns are separated by tabs or spaces. A first line that ends in no number is a header.
+    Columns are separated by tabs or spaces. A first line without a digit in its last is a header.
     """
     qrels = {}
     for number, line in enumerate(existing(file).read_bytes().splitlines(), 1):
@@ -328,8 +332,9 @@ def read_qrels(file):
         with reading(where, "is not UTF-8"):
             line = line.decode("utf-8-sig")
         fields = [field.strip(" ") for field in line.split("\t" if "\t" in line else None)]
-        if not line.strip() or number == 1 and not re.search(r"\d", fields[-1]):
-            continue  # empty, or a header
+        header = number == 1 and not re.search(r"\d", fields[-1])
+        if header or not line.strip():
+            continue
         if len(fields) == 4 and fields[1] in ("0", "Q0"):
             del fields[1]
         if len(fields) != 3 or not re.fullmatch(r"[+-]?\d{1,9}", fields[2]):
@@ -516,7 +521,7 @@ def out_of_memory(where, advice):
 
 
 def existing(file):
-    """Return `file`. Raises FileNotFoundError if it is none, but a folder perhaps, or a device."""
+    """Return `file`. Raises FileNotFoundError unless it is a regular file."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist, or is no file")
     return file
@@ -524,9 +529,12 @@ def existing(file):
 
 def parse(line, where):
     """The JSON value of the bytes `line`. Raises ValueError that begins with `where`."""
+
+    def refuse(name):  # NaN and Infinity
+        raise ValueError(f"{name} is no number of JSON")
+
     with reading(where, "is not JSON in UTF-8"):
-        no_constants = {}.__getitem__  # a KeyError at NaN and Infinity
-        return json.loads(line.decode("utf-8-sig"), parse_constant=no_constants)
+        return json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
 
 
 def read_json(file):
@@ -586,9 +594,9 @@ def note(text):
 def flags_given(description, flags, argv=None):
     """({flag: default}, {flag: value given}) of a command line.
 
-    flags: {flag: (default, help)}, whose type is the default's. A bool makes --flag and --no-flag,
-    a tuple lists choices, the first of them the default, a list takes several values, None a text.
-    A number must be at least 0, or from a third to a fourth element of the tuple.
+    flags: {flag: (default, help, least, below)}. The type is the default's: a bool makes --flag and
+    --no-flag, a tuple lists choices, the first of them the default, a list takes several values,
+    None a text. A number is from `least` (default: 0) to below `below`.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     defaults = {}
@@ -607,10 +615,11 @@ def flags_given(description, flags, argv=None):
         defaults[name] = default
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        limits = dict(enumerate(flags[name]))
-        least, most = limits.get(2, 0), limits.get(3, 1e15)
-        if type(value) in (int, float) and not least <= value < most:
-            raise ValueError(f"--{name} is {value}; need at least {least}, and less than {most:g}")
+        limits = flags[name][2:]
+        least = limits[0] if limits else 0
+        below = limits[1] if len(limits) > 1 else 1e15
+        if type(value) in (int, float) and not least <= value < below:
+            raise ValueError(f"--{name} is {value}; need at least {least}, and less than {below:g}")
     return defaults, given
 
 
@@ -633,11 +642,13 @@ def main():
     if not args.docs or not args.out:
         raise ValueError("--docs and --out are needed")
     new(args.out)
-    run_length, group = min(args.run_length, args.group_size), group_by_document
+    run_length = min(args.run_length, args.group_size)
+    make_groups = group_by_document
     if args.similar:
-        group = group_by_similarity
+        make_groups = group_by_similarity
         if args.group_size % run_length or args.group_size == run_length:
-            raise ValueError("with --similar, --run_length must divide --group_size: 4, say")
+            need = "--run_length must divide --group_size, and be smaller: 4, say"
+            raise ValueError(f"with --similar, {need}")
 
     documents, seen, total = [], set(), 0
     for file in args.docs:
@@ -647,7 +658,7 @@ def main():
             documents.append(fresh)
             seen.update(fresh)
             total += len(passages)
-    groups = list(group(documents, args.group_size, run_length, args.seed))
+    groups = list(make_groups(documents, args.group_size, run_length, args.seed))
     if not groups:
         raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
     partial = f"{args.out}.partial"

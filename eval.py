@@ -80,7 +80,7 @@ def judged(run, qrels):
 
 
 def ndcg(run, qrels, k=10):
-    """{qid: nDCG@k}: sum over ranks r = 1..k of grade / log2(r + 1), over that of the best."""
+    """{qid: nDCG@k}: the sum over ranks r = 1..k of grade / log2(r + 1), over the best sum."""
 
     def dcg(grades):
         return sum(grade / math.log2(r + 1) for r, grade in enumerate(grades[:k], 1))
@@ -139,10 +139,10 @@ def search(queries, passages, k, chunk=65536):
 
 
 def first(collection, qid, pairs, k):
-    """{docid: score} of the first k of `pairs`, without the query's own document.
+    """{docid: score} of the first k of `pairs`, without the document that is the query itself.
 
     As in BEIR, that is the document with the query's id. But queries and documents are often both
-    numbered from 1: it must have the query's text, too, and must not be judged relevant.
+    numbered from 1. So it must have the query's text, too, and not be judged relevant.
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
@@ -153,7 +153,7 @@ def first(collection, qid, pairs, k):
     return dict(list(found.items())[:k])
 
 
-def dense_run(retriever, collection, k=1000, out=None, **encode):
+def dense_run(retriever, collection, k=1000, out=None, **options):
     """The run of a Retriever on (corpus, queries, qrels). `out`: see `revela.encode_texts`.
 
     Under `torchrun` every process must call this, and gets the whole run: each encodes and searches
@@ -168,9 +168,9 @@ def dense_run(retriever, collection, k=1000, out=None, **encode):
     if out and world > 1:
         out = Path(out).with_suffix(f".{rank}-of-{world}.npy")
     texts = list(corpus.values())[start:end]
-    passages = retriever.encode(texts, "passage", out=out, **encode)  # [P, D]
-    vectors = retriever.encode(list(queries.values()), "query", **encode)  # [Q, D]
-    scores, indices = search(vectors, passages, k + 1)
+    passages = retriever.encode(texts, "passage", out=out, **options)  # [P, D]
+    vectors = retriever.encode(list(queries.values()), "query", **options)  # [Q, D]
+    scores, indices = search(vectors, passages, k + 1)  # one more: one may be the query itself
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, (scores, indices + start))
@@ -203,7 +203,8 @@ class BM25:
 
     def __init__(self, texts, english=False, k1=0.9, b=0.4):
         self.english = english
-        lengths, postings = [], {}  # of each document; document, tf, document, tf ... of each word
+        lengths = []  # words of each document
+        postings = {}  # {word: [document, tf, document, tf, ...]}
         for doc, text in enumerate(texts):
             words = self.words(text)
             lengths.append(len(words))
@@ -219,7 +220,7 @@ class BM25:
             self.impacts[word] = docs, impact.astype(np.float32)
 
     def words(self, text):
-        """The words of `text`; each character of a script without spaces is one."""
+        """The words of `text`, without punctuation. Characters of unspaced scripts are words."""
         words = re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+", text.lower())
         if self.english:
             words = [ENDING.sub("", word) for word in words if word not in STOP_WORDS]
@@ -251,7 +252,7 @@ def bm25_run(collection, k=1000, index=None):
 def fuse(*runs):
     """The sum of runs, each query's scores first brought to [0, 1], smallest to largest.
 
-    What is not in a list has 0 there; a list whose scores are all equal has 1.
+    A document that a run lacks has 0 there. If all scores of a query are equal, they become 1.
     """
     fused = {}
     for run in runs:
@@ -281,8 +282,8 @@ def show(run, collection, n=3, depth=3):
 def interactive(args, retriever, progress=False, **encode):
     """Answer questions from stdin with the five best passages, until an empty line.
 
-    The vectors' name in --vectors has a hash of the passages and of what the model makes of a text:
-    by it they are found again.
+    With --vectors they are kept under a hash of the passages and of one text's vector, by which the
+    next run finds them.
     """
     sources, passages = zip(*read_passages(args.interactive))
     corpus = dict(enumerate(passages))
@@ -336,7 +337,8 @@ def write_encoding(folder, max_len=512):
     config = {"prompts": prompts, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
     write_json(Path(folder, "config_sentence_transformers.json"), config)
     mean = Path(folder, POOLING).exists()
-    lengths = {"max_seq_length": max_len - mean, "do_lower_case": False}
+    length = max_len - 1 if mean else max_len
+    lengths = {"max_seq_length": length, "do_lower_case": False}
     write_json(Path(folder, "sentence_bert_config.json"), lengths)
 
 
@@ -347,23 +349,24 @@ def read_max_len(folder):
     """
     folder = find(folder)
     file, name = folder / "sentence_bert_config.json", "max_seq_length"
+    tokenizers_own = folder / "tokenizer_config.json"
     if not file.exists():
         return 512
-    if name not in read_json(file):
-        file, name = folder / "tokenizer_config.json", "model_max_length"
+    if name not in read_json(file) and tokenizers_own.exists():
+        file, name = tokenizers_own, "model_max_length"
     length = read_json(file).get(name)
-    if length is None:
+    if length is None or length == int(1e30):  # transformers' word for unset
         return 512
-    mean = (folder / POOLING).exists()
-    check(f"{file}: {name}", length, 2 - mean, 2**20, int)
-    return length + mean
+    extra = 1 if (folder / POOLING).exists() else 0
+    check(f"{file}: {name}", length, 2 - extra, 2**20, int)
+    return length + extra
 
 
 def export(retriever, folder, max_len=512):
     """Write a Hugging Face checkpoint that `SentenceTransformer(folder)` encodes with as we do.
 
-    The tokenizer appends the EOS itself, or with mean pooling, which does not count it, leaves it
-    out. A Dense layer standardises. Merges LoRA into the retriever's weights.
+    The tokenizer appends the EOS itself. With mean pooling it does not, since the mean leaves it
+    out, and a Dense layer standardises. Merges LoRA into the retriever's weights.
     """
     folder, ours = Path(folder), retriever.tokenizer
     if ours is None:
@@ -444,13 +447,17 @@ def mteb_results(retriever, tasks, max_len):
 # the machine
 
 
-def setup(device=None):
-    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
+def tune_malloc():
+    """Let glibc keep what it frees: else a CPU run spends half of its time asking for it again."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        # glibc keeps what it frees: else a CPU run spends half of its time asking for it again
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX
             libc.mallopt(option, value)
+
+
+def setup(device=None):
+    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
+    tune_malloc()
     here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     device = device or here[0]
     if device.split(":")[0] not in here:
@@ -502,7 +509,7 @@ def parse_args(argv=None):
     args = Namespace(**defaults | given)
     to_others = args.mteb or args.export
     asked = args.data or args.interactive or to_others
-    if not asked or not args.model and (to_others or not args.bm25):
+    if not asked or (not args.model and (to_others or not args.bm25)):
         raise ValueError(
             "nothing to do: give --data or --interactive with --model, --bm25 or both; "
             "or --model with --mteb or --export"

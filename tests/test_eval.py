@@ -428,6 +428,10 @@ def test_what_sentence_transformers_saved_is_read_as_it_is_or_refused(tiny):
     put("sentence_bert_config.json", transformer_task="feature-extraction")  # since version 6
     put("tokenizer_config.json", eos_token="<eos>", model_max_length=96)
     assert eval.read_max_len(tiny) == 96
+    put("tokenizer_config.json", model_max_length=int(1e30))  # transformers' word for unset
+    assert eval.read_max_len(tiny) == 512
+    (tiny / "tokenizer_config.json").unlink()
+    assert eval.read_max_len(tiny) == 512
     put("sentence_bert_config.json", max_seq_length=64)
     assert eval.read_max_len(tiny) == 64
     put("1_Pooling/config.json", pooling_mode="lasttoken", include_prompt=True)
