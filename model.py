@@ -17,7 +17,6 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,7 +91,7 @@ def dropout(x, p):
     """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
     dropped = round(p * 2**16)
     kept = (bits >= dropped - 2**15).to(x.dtype)
@@ -120,7 +119,7 @@ def rope(config, T, device):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling["factor"])
     angles = torch.arange(T, device=device).float()[:, None] * frequency  # [T, d/2]
-    angles = torch.cat([angles, angles], dim=-1)  # [T, d]
+    angles = angles.repeat(1, 2)  # [T, d]
     return angles.cos(), angles.sin()
 
 
@@ -142,12 +141,13 @@ def causal_attention(q, k, v):
     """
     if q.device.type not in WRITTEN_OUT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    (N, H, T, d), H_kv = q.shape, k.shape[1]
-    q = (q / math.sqrt(d)).reshape(N, H_kv, -1, d)  # [N, H_kv, H/H_kv*T, d]
-    scores = (q @ k.transpose(2, 3)).view(N, H, T, T)
-    future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    a = (scores + future).softmax(-1).view(N, H_kv, -1, T)
-    return (a @ v).view(N, H, T, d)
+    N, H, T, d = q.shape
+    rows = q.reshape(N, k.shape[1], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
+    scores = rows @ k.mT  # [N, H_kv, H/H_kv*T, T]
+    future = q.new_full((T, T), -torch.inf).triu(1)
+    a = (scores.view(N, H, T, T) + future).softmax(-1)
+    out = a.view_as(scores) @ v  # [N, H_kv, H/H_kv*T, d]
+    return out.view_as(q)
 
 
 class Attention(nn.Module):
@@ -165,19 +165,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * d, D)
         self.q_norm = self.k_norm = nn.Identity()
         if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(d, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(d, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
-
-        def heads(y):
-            return y.view(*y.shape[:2], -1, self.head_dim)  # [N, T, H, d]
-
-        q = self.q_norm(heads(self.q_proj(x))).transpose(1, 2)
-        k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)
-        v = heads(self.v_proj(x)).transpose(1, 2)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        heads = -1, self.head_dim
+        q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
+        k = self.k_proj(x).unflatten(2, heads)  # [N, T, H_kv, d]
+        v = self.v_proj(x).unflatten(2, heads)
+        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
+        return q, k, v.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -196,9 +195,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, read=None, kv_only=False):
@@ -213,7 +212,8 @@ class Block(nn.Module):
         out = causal_attention(q, k, v)  # [N, H, T, d]
         if read is not None:
             out = read(out, q)
-        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
+        out = out.transpose(1, 2).flatten(2)  # [N, T, H*d]
+        x = x + self.self_attn.o_proj(out)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, k, v
 
@@ -228,7 +228,7 @@ class Llama(nn.Module):
         self.lora = None  # rank, alpha, dropout and targets once `add_lora` has been here
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -241,9 +241,8 @@ class Llama(nn.Module):
         a tensor which is missing, left over, or of another shape.
         """
         folder = find(path)
-        config = LlamaConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = cls(config, head)
+            model = cls(LlamaConfig.from_pretrained(folder), head)
         tensors, tied = [], None
         for name, tensor in read_tensors(folder):
             if name == "lm_head.weight" and model.lm_head is None:
@@ -251,15 +250,10 @@ class Llama(nn.Module):
             elif not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
                 tensors.append((name.removeprefix("model."), tensor))
         load_strictly(model, tensors, path, device, dtype)
-        if (
-            head
-            and tied is not None
-            and not model.embed_tokens.weight.equal(tied.to(device, dtype))
-        ):
-            raise ValueError(
-                f"{path}: lm_head.weight is not the embedding; "
-                "set tie_word_embeddings in its config.json to false to use it"
-            )
+        embedding = model.embed_tokens.weight
+        if head and tied is not None and not embedding.equal(tied.to(embedding)):
+            need = "set tie_word_embeddings in its config.json to false to use it"
+            raise ValueError(f"{path}: lm_head.weight is not the embedding; {need}")
         model.path = str(path)
         return model
 
@@ -278,7 +272,7 @@ class Llama(nn.Module):
         mask [N, T], true at real tokens, is only checked: they must come first (right padding), and
         then causal attention never shows them a padding token. What is at padding is of no use.
         """
-        if mask is not None and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("mask has padding before a real token; pad on the right")
         cos, sin = rope(self.config, ids.shape[1], ids.device)
         x = self.embed(ids)  # [N, T, D]
@@ -316,16 +310,14 @@ def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
     A [r, in] and B [out, r] are float32, on `device` or where the layer is. Raises ValueError for
     an unknown name in `targets`.
     """
-    if unknown := set(targets) - set(LORA_TARGETS):
-        names = ", ".join(sorted(unknown))
-        raise ValueError(
-            f"LoRA target {names} is unknown; the layers are {', '.join(LORA_TARGETS)}"
-        )
+    for name in targets:
+        if name not in LORA_TARGETS:
+            raise ValueError(f"LoRA target {name} is unknown; need some of {LORA_TARGETS}")
     llama.requires_grad_(False)
-    llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    llama.lora["target_modules"] = sorted(targets)
+    targets = sorted(targets)
+    llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     for name, layer in llama.named_modules():
-        if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
+        if name.endswith(tuple(targets)):
             where = device or layer.weight.device
             layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=where)
             layer.lora_B = nn.Linear(r, layer.out_features, bias=False, device=where)
@@ -338,7 +330,7 @@ def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
 def merge_lora(llama):
     """Make the LoRA matrices part of the weights: the same function without them."""
     for layer in llama.modules():
-        if isinstance(layer, Linear) and layer.lora_A is not None:
+        if getattr(layer, "lora_A", None) is not None:
             merged = layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
             layer.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
             layer.lora_A = layer.lora_B = None
@@ -402,15 +394,18 @@ def in_batch_plan(weights, tolerance, size):
     weight over `tolerance` is about equal stand together: n is the largest number among them.
     `size` is the largest b * n, pairs that are computed at once.
     """
-    G, B, _ = weights.shape
+    B = weights.shape[-1]
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
-    counts, rows = (w > tolerance).sum(1).clamp(min=1).sort(descending=True)  # [N]
-    plan, counts = [], counts.tolist()
-    while rows.numel():
+    counts = (w > tolerance).sum(1).clamp(min=1)  # [N]
+    counts, rows = counts.sort(descending=True)
+    counts, plan = counts.tolist(), []
+    while counts:
         n = counts[0]
         b = max(1, size // n)
-        i, rows, counts = rows[:b], rows[b:], counts[b:]
-        plan.append((i, (i // B * B)[:, None] + order[i, :n]))
+        i = rows[:b]
+        first = i // B * B  # the first passage of its group
+        plan.append((i, first[:, None] + order[i, :n]))
+        counts, rows = counts[b:], rows[b:]
     return plan
 
 
@@ -420,31 +415,37 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
     Scores exist for one part of the plan at a time, and are computed again for the backward pass:
     they are far larger than what they are computed from.
     """
-    (G, B, H, T, d), H_kv = q.shape, k.shape[2]
-    bias = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask.bool(), -torch.inf)[:, :, None]
+    G, B, _, T, d = q.shape
+    bias = mask[:, :, None].bool().log().to(v.dtype)  # [G, B, 1, T]: zero, at padding -inf
     if v_norm:
         n = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]
-        v, bias = v / n[..., None], bias + n.log()
-    bias = bias.expand(k.shape[:-1]).flatten(0, 1)  # [N, H_kv, T]
-    q = (q / math.sqrt(d)).reshape(G * B, H_kv, -1, d)  # [N, H_kv, H/H_kv*T, d]
-    k, v, w = k.flatten(0, 1), v.flatten(0, 1), weights.flatten(0, 1)  # [N, H_kv, T, d], [N, B]
+        v = v / n[..., None]
+        bias = bias + n.log()
+    rows = q.reshape(G * B, k.shape[2], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
+    k = k.flatten(0, 1)  # [N, H_kv, T, d]
+    v = v.flatten(0, 1)
+    bias = bias.flatten(0, 1)  # [N, H_kv or 1, T]
+    weights = weights.flatten(0, 1)  # [N, B]
 
-    def rows(i, j):
-        # index_select, since the backward pass of k[j] adds one number after the other
-        keys, values, biases = (
-            x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
-            for x in (k, v, bias)
-        )  # [b, H_kv, n, T, d] twice, [b, H_kv, n, T]
-        scores = q.index_select(0, i) @ keys.flatten(2, 3).mT  # [b, H_kv, H/H_kv*T, n*T]
-        a = (scores.unflatten(-1, (-1, T)) + biases[:, :, None]).softmax(-1)
-        w_ij = w[i[:, None], j % B][:, None, :, None, None]  # [b, 1, n, 1, 1]; j % B: in its group
-        values = (w_ij * values).to(v.dtype).flatten(2, 3)  # [b, H_kv, n*T, d]
+    def passages(x, j):
+        """x[j] as [b, H_kv, n, T, ...]."""
+        # the backward pass of x[j] itself adds one number after the other
+        return x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
+
+    def read(i, j):
+        """What passages i [b] read of passages j [b, n]."""
+        keys = passages(k, j).flatten(2, 3)  # [b, H_kv, n*T, d]
+        scores = rows.index_select(0, i) @ keys.mT  # [b, H_kv, H/H_kv*T, n*T]
+        scores = scores.unflatten(-1, (-1, T)) + passages(bias, j)[:, :, None]
+        a = scores.softmax(-1)  # over the tokens of each passage: [b, H_kv, H/H_kv*T, n, T]
+        w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
+        values = w[:, None, :, None, None] * passages(v, j)  # [b, H_kv, n, T, d]
+        values = values.to(v.dtype).flatten(2, 3)
         return a.flatten(3) @ values  # [b, H_kv, H/H_kv*T, d]
 
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    out = torch.cat([again(rows, i, j) for i, j in plan])
-    back = torch.cat([i for i, _ in plan]).argsort()
-    return out.index_select(0, back).view(G, B, H, T, d)
+    parts = [checkpoint(read, *p, use_reentrant=False, preserve_rng_state=False) for p in plan]
+    order = torch.cat([i for i, _ in plan]).argsort()
+    return torch.cat(parts).index_select(0, order).view_as(q)
 
 
 # --------------------------------------------------------------------------------------------------
