@@ -51,7 +51,7 @@ from data import (
     read_passages,
     write,
 )
-from model import check, merge_lora, save_model
+from model import merge_lora, save_model
 from revela import POOLING, Retriever
 
 # --------------------------------------------------------------------------------------------------
@@ -355,7 +355,9 @@ def read_max_len(folder):
     if length is None:
         return 512
     mean = (folder / POOLING).exists()
-    check(f"{file}: {name}", length, 2 - mean, 2**20, int)
+    least = 2 - mean
+    if type(length) is not int or not least <= length <= 2**20:  # type(): True is an int
+        raise ValueError(f"{file}: {name} is {length!r:.80}; need an integer from {least}")
     return length + mean
 
 

@@ -248,7 +248,7 @@ class Llama(nn.Module):
             if name == "lm_head.weight" and model.lm_head is None:
                 tied = tensor  # some files store it again; a retriever needs none
             elif not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
-                tensors.append((name.removeprefix("model."), tensor))
+                tensors.append((name, tensor))
         load_strictly(model, tensors, path, device, dtype)
         embedding = model.embed_tokens.weight
         if head and tied is not None and not embedding.equal(tied.to(embedding)):
@@ -454,94 +454,103 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 
 MODEL_TYPES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
-# Fields that change what is computed, and the only values with which we compute it. Unset (null,
-# false, zero, empty) is fine everywhere.
-CONFIG_VALUES = {
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (1.0,),
-    "attention_bias": (),
-    "attention_dropout": (),
-    "mlp_bias": (),
-    "quantization_config": (),
-    "rope_interleaved": (),
-    "use_sliding_window": (),
+# What a field may be: a regular expression for its JSON, which is null where there is no field.
+SIZE = r"[1-9]\d{0,6}"
+ID = r"null|-1|\d{1,9}"
+BOOL = "null|true|false"
+POSITIVE = r"(?!0(\.0)?$)\d{1,15}(\.\d+)?(e-[0-2]\d)?"  # 1e-29 to 1e15
+SHARE = r"0(\.\d+)?|\d(\.\d+)?e-\d+"  # from 0 to less than 1
+OBJECT = r"null|\{.*\}"
+
+# Fields that change what is computed may have only the values with which we compute it.
+CONFIG = {
+    "model_type": '"(llama|qwen2|qwen3)"',
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": r"[1-9]\d{0,2}",
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": f"null|{SIZE}",
+    "head_dim": f"null|{SIZE}",
+    "max_position_embeddings": f"null|{SIZE}",
+    "rms_norm_eps": f"null|{POSITIVE}",
+    "rope_theta": f"null|{POSITIVE}",
+    "rope_scaling": OBJECT,
+    "rope_parameters": OBJECT,
+    "initializer_range": f"null|{POSITIVE}",
+    "tie_word_embeddings": BOOL,
+    "bos_token_id": ID,
+    "eos_token_id": ID + r"|\[\d{1,9}(, \d{1,9})*\]",
+    "pad_token_id": ID,
+    "hidden_act": 'null|"silu"',
+    "layer_types": r'null|\["full_attention"(, "full_attention")*\]',
+    "is_causal": "null|true",
+    "attention_bias": "null|false",
+    "attention_dropout": r"null|0(\.0)?",
+    "mlp_bias": "null|false",
+    "partial_rotary_factor": r"null|1(\.0)?",
+    "quantization_config": "null",
+    "rope_interleaved": "null|false",
+    "use_sliding_window": "null|false",
 }
-ADAPTER_VALUES = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # others change the base's weights
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+ROPE = {
+    "rope_type": 'null|"default"|"llama3"',
+    "type": 'null|"default"|"llama3"',
+    "rope_theta": f"null|{POSITIVE}",
+    "partial_rotary_factor": r"null|1(\.0)?",
 }
-# Fields that are read below, or that change nothing here.
-CONFIG_KNOWN = """architectures dtype is_causal is_llama_config layer_types max_window_layers
-    pretraining_tp rope_parameters sliding_window torch_dtype transformers_version use_cache"""
-ADAPTER_KNOWN = """auto_mapping base_model_name_or_path inference_mode lora_alpha lora_dropout
-    megatron_core peft_version qalora_group_size r revision target_modules task_type use_rslora"""
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ADAPTER = {
+    "peft_type": '"LORA"',
+    "r": SIZE,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE,
+    "target_modules": rf'\[("({"|".join(LORA_TARGETS)})"(, )?)+\]',
+    "use_rslora": BOOL,
+    "bias": 'null|"none"',
+    "init_lora_weights": BOOL + '|"gaussian"|"eva"|"orthogonal"',  # others change the base
+}
+# Fields of both files that change nothing here.
+IDLE = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
+    max_window_layers megatron_core peft_version pretraining_tp qalora_group_size revision
+    sliding_window task_type torch_dtype transformers_version use_cache""".split()
 
 
-def unknown_fields(file, raw, allowed, known):
-    """Name the fields of `raw` that are set, and neither in `allowed` nor in `known`, in one line.
+def check(where, raw, rules):
+    """Raise ValueError that names a field of `raw` which breaks its rule.
 
-    Raises ValueError that names a field whose value is not `allowed`.
+    Returns the names of the fields that are set and have no rule, in one line.
     """
-    fields = {name for name, value in raw.items() if value not in (None, False, [], {}, "")}
-    for name in allowed.keys() & fields:
-        if raw[name] not in allowed[name]:
-            supported = " or ".join(map(str, (*allowed[name], "unset")))
-            raise ValueError(f"{file}: {name} is {raw[name]!r:.80}; supported: {supported}")
-    return brief(", ".join(sorted(fields - allowed.keys() - set(known.split()))))
-
-
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-# What a number may be, by its field or its type: least, most, types. Beyond that it is no model's.
-LIMITS = {
-    "num_hidden_layers": (1, 1000, int),
-    int: (1, 2**20, int),
-    int | None: (-1, 2**31, int),
-    float: (1e-30, 1e30, int, float),
-    bool: (False, True, bool),
-}
-
-
-def check(where, value, least, most, *types):
-    """Raise ValueError that begins with `where` unless `value` is of `types`, in its limits."""
-    if type(value) not in types or not least <= value <= most:  # type(): True is an int
-        names = " or ".join(t.__name__ for t in types)
-        raise ValueError(f"{where} is {value!r:.80}; need {names} from {least} to {most}")
+    for name, rule in rules.items():
+        value = raw.get(name)
+        if not re.fullmatch(rule, json.dumps(value)):
+            raise ValueError(f"{where} {name} is {value!r:.80}; need {rule}")
+    unknown = raw.keys() - rules.keys() - set(IDLE)
+    return brief(", ".join(sorted(name for name in unknown if raw[name])))
 
 
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    for place in (folder, folder / "retriever"):
-        if (place / "adapter_config.json").exists():
-            base = brief(read_json(place / "adapter_config.json").get("base_model_name_or_path"))
-            raise ValueError(f"{folder} is no model: use --adapter {place} with --model {base}")
-    if (folder / "retriever/config.json").exists():
-        raise ValueError(f"{folder} is a training run: use --model {folder}/retriever")
+    trained = folder / "retriever"
+    place = trained if trained.is_dir() else folder
+    adapter = place / "adapter_config.json"
+    if adapter.exists():
+        base = brief(read_json(adapter).get("base_model_name_or_path"))
+        raise ValueError(f"{folder} is no model: use --adapter {place} with --model {base}")
+    if place == trained:
+        raise ValueError(f"{folder} is a training run: use --model {place}")
     file = folder / "config.json"
-    raw, fields = read_json(file), LlamaConfig.__annotations__
-    if raw.get("model_type") not in list(MODEL_TYPES):
-        given, supported = f"{raw.get('model_type')!r:.80}", ", ".join(MODEL_TYPES)
-        raise ValueError(f"{file}: model_type is {given}; supported: {supported}")
-    if unknown := unknown_fields(file, raw, CONFIG_VALUES, " ".join([CONFIG_KNOWN, *fields])):
+    raw = read_json(file)
+    if unknown := check(f"{file}:", raw, CONFIG):
         note(f"{file}: fields unknown to us, and not used: {unknown}")
-    layers = raw.get("layer_types") or []
-    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
-    if not full or raw.get("is_causal") is False:
-        raise ValueError(f"{file}: need layer_types full_attention, and is_causal true, or neither")
-    values = {name: raw[name] for name in fields if raw.get(name) is not None}
-    values |= read_rope(file, raw)
+    raw |= read_rope(file, raw)
+    heads = raw["num_attention_heads"]
+    values = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads}
+    values |= {name: raw[name] for name in LlamaConfig.__annotations__ if raw.get(name) is not None}
     if isinstance(raw.get("eos_token_id"), list):  # Llama-3's chat models list several
-        values["eos_token_id"] = next(iter(raw["eos_token_id"]), None)
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-    for name, kind in fields.items():
-        if name == "head_dim" and name not in values:  # what it follows from is checked by now
-            values[name] = values["hidden_size"] // values["num_attention_heads"]
-        limits = LIMITS.get(name) or LIMITS.get(kind)
-        if limits and (name in values or not hasattr(LlamaConfig, name)):
-            check(f"{file}: {name}", values.get(name), *limits)
-    if values["num_attention_heads"] % values["num_key_value_heads"] or values["head_dim"] % 2:
+        values["eos_token_id"] = raw["eos_token_id"][0]
+    H_kv, d = values["num_key_value_heads"], values["head_dim"]
+    if heads % H_kv or d % 2 or d == 0:
         need = "num_key_value_heads must divide num_attention_heads, and head_dim be even"
         raise ValueError(f"{file}: {need}")
     return values
@@ -550,88 +559,80 @@ def read_config(folder):
 def read_rope(file, raw):
     """rope_theta and rope_scaling of a config.json, as transformers 4 or 5 writes them."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"type": rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    given = [x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None]
-    theta = [*given, LlamaConfig.rope_theta][0]
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{file}: RoPE type is {kind!r:.80}; supported: default, llama3")
-    read = " ".join(("rope_type type rope_theta", *LLAMA3))
-    if unknown := unknown_fields(file, rope, {"partial_rotary_factor": (1.0,)}, read):
+    llama3 = (rope.get("rope_type") or rope.get("type")) == "llama3"
+    rules = ROPE | dict.fromkeys(LLAMA3, POSITIVE if llama3 else "null")
+    if unknown := check(f"{file}: RoPE", rope, rules):
         raise ValueError(f"{file}: RoPE's {unknown} is not supported")
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    for name in LLAMA3:
-        check(f"{file}: RoPE's {name}", rope.get(name), *LIMITS[float])
-    scaling = {"rope_type": kind} | {name: rope[name] for name in LLAMA3}
+    theta = rope.get("rope_theta") or raw.get("rope_theta")
+    scaling = None
+    if llama3:
+        scaling = {"rope_type": "llama3"} | {name: rope[name] for name in LLAMA3}
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def read_tensors(folder):
-    """[(name, tensor)] of model.safetensors, or of the shards that its index lists."""
-    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if not (folder / "model.safetensors").exists() and index.exists():
-        weight_map = read_json(index).get("weight_map")
-        shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        if not all(re.fullmatch(r"[\w.-]+\.safetensors", str(shard)) for shard in shards):
-            raise ValueError(f"{index}: weight_map must name .safetensors files of this folder")
-    elif not (folder / "model.safetensors").exists() and list(folder.glob("*.bin")):
+    """Yield (name, tensor) of model.safetensors, or of the shards that its index lists."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    shards = {file.name}
+    if not file.exists() and index.exists():
+        with reading(index, "weight_map must name .safetensors files of this folder"):
+            shards = set(read_json(index)["weight_map"].values())
+            for shard in shards:
+                if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+                    raise ValueError(f"not {shard!r}")
+    elif not file.exists() and list(folder.glob("*.bin")):
         load = "load it with transformers and save_pretrained() it once"
         raise ValueError(f"{folder} has .bin weights, which we do not read: {load}")
-    return [pair for s in sorted(set(shards)) for pair in read_safetensors(folder / s).items()]
+    for shard in sorted(shards):
+        yield from read_safetensors(folder / shard).items()
 
 
-def load_strictly(model, tensors, source, device, dtype, only=""):
-    """Make `tensors`, pairs of name and tensor, the parameters whose names contain `only`.
+def load_strictly(model, tensors, source, device, dtype):
+    """Replace all that `model` has on the meta device by `tensors`, pairs of name and tensor.
 
-    They become `dtype` on `device`. Raises ValueError that names what does not match.
+    They become `dtype` on `device`. A name may begin as in peft or in a model with a head, and may
+    hold an adapter's name (".default"). Raises ValueError that names what does not match.
     """
     given = {}
     for name, t in tensors:
+        name = name.removeprefix("base_model.model.").removeprefix("model.")
+        name = name.replace(".default.", ".")
         if name in given:
             raise ValueError(f"{source} has the tensor {brief(name)} twice")
         if not t.is_floating_point() or t.dtype.itemsize < 2:
             raise ValueError(f"{source}: {brief(name)} is {t.dtype}; need floats, 16 bits or more")
         # a copy: a file's memory is not aligned, and by that matmuls may round otherwise
         given[name] = t.to(device, dtype, copy=True)
-    for name, p in model.named_parameters():
-        if name in given and given[name].shape != p.shape:
-            has, need = brief(list(given[name].shape)), list(p.shape)
-            raise ValueError(f"{source}: tensor {name} has shape {has}, need {need}")
-    with reading(source, "does not fit the model"):
-        found = model.load_state_dict(given, strict=False, assign=True)
-        missing = [name for name in found.missing_keys if only in name]
-        if missing or found.unexpected_keys:
-            raise ValueError(f"missing {missing[:3]}, left over {found.unexpected_keys[:3]}")
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.is_meta}
+    missing = [name for name in shapes if name not in given]
+    left = [name for name in given if name not in shapes]
+    if missing or left:
+        raise ValueError(f"{source}: missing {missing[:3]}, left over {brief(left[:3])}")
+    for name, shape in shapes.items():
+        has = given[name].shape
+        if has != shape:
+            raise ValueError(f"{source}: tensor {name} has shape {list(has)}, need {list(shape)}")
+    model.load_state_dict(given, strict=False, assign=True)
 
 
 def load_adapter(llama, folder):
     """Add the LoRA matrices of a PEFT folder to `llama`.
 
-    Keys may carry the extra level of a model with a head, and an adapter's name (".default").
     Raises ValueError that names a field or tensor of what is more than plain LoRA.
     """
     folder = find(folder)
     file = folder / "adapter_config.json"
     config = read_json(file)
-    if unknown := unknown_fields(file, config, ADAPTER_VALUES, ADAPTER_KNOWN):
+    if unknown := check(f"{file}:", config, ADAPTER):
         raise ValueError(f"{file}: {unknown} is set; need plain LoRA, without it")
-    targets, dropout = config.get("target_modules"), config.get("lora_dropout", 0.0)
-    if not isinstance(targets, list) or not all(target in LORA_TARGETS for target in targets):
-        names = ", ".join(LORA_TARGETS)
-        raise ValueError(f"{file}: target_modules is {targets!r:.80}; need a list out of {names}")
-    check(f"{file}: r", r := config.get("r"), *LIMITS[int])
-    check(f"{file}: lora_alpha", alpha := config.get("lora_alpha"), *LIMITS[float])
-    check(f"{file}: lora_dropout", dropout, 0, 1, int, float)
+    r, alpha, dropout = config["r"], config["lora_alpha"], config["lora_dropout"]
     if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
         alpha = alpha * math.sqrt(r)
-    tensors = []
-    for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
-        name = name.removeprefix("base_model.model.").removeprefix("model.")
-        tensors.append((name.replace(".default.", "."), tensor))
-    add_lora(llama, r, alpha, dropout, targets, device="meta")  # no memory before r has proved true
+    tensors = read_safetensors(folder / "adapter_model.safetensors").items()
+    # on no device: r takes no memory before it has proved true
+    add_lora(llama, r, alpha, dropout, config["target_modules"], device="meta")
     device = llama.embed_tokens.weight.device
-    load_strictly(llama, tensors, folder, device, torch.float32, only=".lora_")
+    load_strictly(llama, tensors, folder, device, torch.float32)
 
 
 def save_adapter(llama, folder):
