@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import brief, find, note, read_json, read_safetensors, reading
+from data import brief, find, note, read_json, read_safetensors, reading, write
 
 
 @dataclass
@@ -452,8 +452,6 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. A folder may come from a stranger: what we do
 # not compute is refused by name, and no file leads out of its folder.
 
-MODEL_TYPES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
 # What a field may be: a regular expression for its JSON, which is null where there is no field.
 SIZE = r"[1-9]\d{0,6}"
 ID = r"null|-1|\d{1,9}"
@@ -642,29 +640,26 @@ def save_adapter(llama, folder):
         prefix, task = "base_model.model.model.", "CAUSAL_LM"
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path}
     config |= {"bias": "none", **llama.lora}
-    tensors = {prefix + n: p for n, p in llama.named_parameters() if ".lora_" in n}
-    write_folder(folder, "adapter_config.json", config, "adapter_model.safetensors", tensors)
+    tensors = {prefix + name: t for name, t in llama.state_dict().items() if ".lora_" in name}
+    write_folder(folder, "adapter_", config, tensors)
 
 
 def save_model(llama, folder):
     """Write all weights as a Hugging Face checkpoint: a causal LM, or the bare decoder."""
-    name = MODEL_TYPES[llama.config.model_type] + ("ForCausalLM" if llama.has_head else "Model")
+    prefix, kind = "", "Model"
+    if llama.has_head:
+        prefix, kind = "model.", "ForCausalLM"
+    name = llama.config.model_type.capitalize() + kind
     dtype = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {"architectures": [name], "torch_dtype": dtype, "hidden_act": "silu"}
-    tensors = dict(llama.named_parameters())
-    if llama.has_head:
-        tensors = {"model." + name: p for name, p in tensors.items()}
-    if "model.lm_head.weight" in tensors:
+    tensors = {prefix + name: t for name, t in llama.state_dict().items()}
+    if llama.lm_head:
         tensors["lm_head.weight"] = tensors.pop("model.lm_head.weight")
-    config |= vars(llama.config)
-    write_folder(folder, "config.json", config, "model.safetensors", tensors)
+    write_folder(folder, "", config | vars(llama.config), tensors)
 
 
-def write_folder(folder, config_name, config, tensors_name, tensors):
-    """Write `folder`/`config_name` and `folder`/`tensors_name`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / config_name).unlink(missing_ok=True)  # a link there would be written through
-    (folder / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
-    save_file(tensors, folder / tensors_name, {"format": "pt"})
+def write_folder(folder, prefix, config, tensors):
+    """Write `folder`/{prefix}config.json and {prefix}model.safetensors."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write(f"{folder}/{prefix}config.json", json.dumps(config, indent=2) + "\n")
+    save_file(tensors, f"{folder}/{prefix}model.safetensors", {"format": "pt"})
