@@ -50,7 +50,7 @@ from data import (
     read_passages,
     write,
 )
-from model import check, merge_lora, save_model
+from model import merge_lora, save_model
 from revela import POOLING, Retriever
 
 # --------------------------------------------------------------------------------------------------
@@ -358,7 +358,8 @@ def read_max_len(folder):
     if length is None or length == int(1e30):  # transformers' word for unset
         return 512
     extra = 1 if (folder / POOLING).exists() else 0
-    check(f"{file}: {name}", length, 2 - extra, 2**20, int)
+    if type(length) is not int or not 2 <= length + extra <= 2**20:  # type(): True is an int
+        raise ValueError(f"{file}: {name} is {length!r:.80}; need an integer from {2 - extra}")
     return length + extra
 
 

@@ -17,7 +17,6 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import brief, find, note, read_json, read_safetensors, reading
+from data import brief, find, note, read_json, read_safetensors, reading, write
 
 
 @dataclass
@@ -92,7 +91,7 @@ def dropout(x, p):
     """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
     dropped = round(p * 2**16)
     kept = (bits >= dropped - 2**15).to(x.dtype)
@@ -120,7 +119,7 @@ def rope(config, T, device):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling["factor"])
     angles = torch.arange(T, device=device).float()[:, None] * frequency  # [T, d/2]
-    angles = torch.cat([angles, angles], dim=-1)  # [T, d]
+    angles = angles.repeat(1, 2)  # [T, d]
     return angles.cos(), angles.sin()
 
 
@@ -142,12 +141,13 @@ def causal_attention(q, k, v):
     """
     if q.device.type not in WRITTEN_OUT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    (N, H, T, d), H_kv = q.shape, k.shape[1]
-    q = (q / math.sqrt(d)).reshape(N, H_kv, -1, d)  # [N, H_kv, H/H_kv*T, d]
-    scores = (q @ k.transpose(2, 3)).view(N, H, T, T)
-    future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    a = (scores + future).softmax(-1).view(N, H_kv, -1, T)
-    return (a @ v).view(N, H, T, d)
+    N, H, T, d = q.shape
+    rows = q.reshape(N, k.shape[1], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
+    scores = rows @ k.mT  # [N, H_kv, H/H_kv*T, T]
+    future = q.new_full((T, T), -torch.inf).triu(1)
+    a = (scores.view(N, H, T, T) + future).softmax(-1)
+    out = a.view_as(scores) @ v  # [N, H_kv, H/H_kv*T, d]
+    return out.view_as(q)
 
 
 class Attention(nn.Module):
@@ -165,19 +165,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * d, D)
         self.q_norm = self.k_norm = nn.Identity()
         if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(d, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(d, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
-
-        def heads(y):
-            return y.view(*y.shape[:2], -1, self.head_dim)  # [N, T, H, d]
-
-        q = self.q_norm(heads(self.q_proj(x))).transpose(1, 2)
-        k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)
-        v = heads(self.v_proj(x)).transpose(1, 2)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        heads = -1, self.head_dim
+        q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
+        k = self.k_proj(x).unflatten(2, heads)  # [N, T, H_kv, d]
+        v = self.v_proj(x).unflatten(2, heads)
+        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
+        return q, k, v.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -196,9 +195,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, read=None, kv_only=False):
@@ -213,7 +212,8 @@ class Block(nn.Module):
         out = causal_attention(q, k, v)  # [N, H, T, d]
         if read is not None:
             out = read(out, q)
-        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))  # [N, T, H*d] -> [N, T, D]
+        out = out.transpose(1, 2).flatten(2)  # [N, T, H*d]
+        x = x + self.self_attn.o_proj(out)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, k, v
 
@@ -228,7 +228,7 @@ class Llama(nn.Module):
         self.lora = None  # rank, alpha, dropout and targets once `add_lora` has been here
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -241,25 +241,19 @@ class Llama(nn.Module):
         a tensor which is missing, left over, or of another shape.
         """
         folder = find(path)
-        config = LlamaConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = cls(config, head)
+            model = cls(LlamaConfig.from_pretrained(folder), head)
         tensors, tied = [], None
         for name, tensor in read_tensors(folder):
             if name == "lm_head.weight" and model.lm_head is None:
                 tied = tensor  # some files store it again; a retriever needs none
             elif not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
-                tensors.append((name.removeprefix("model."), tensor))
+                tensors.append((name, tensor))
         load_strictly(model, tensors, path, device, dtype)
-        if (
-            head
-            and tied is not None
-            and not model.embed_tokens.weight.equal(tied.to(device, dtype))
-        ):
-            raise ValueError(
-                f"{path}: lm_head.weight is not the embedding; "
-                "set tie_word_embeddings in its config.json to false to use it"
-            )
+        embedding = model.embed_tokens.weight
+        if head and tied is not None and not embedding.equal(tied.to(embedding)):
+            need = "set tie_word_embeddings in its config.json to false to use it"
+            raise ValueError(f"{path}: lm_head.weight is not the embedding; {need}")
         model.path = str(path)
         return model
 
@@ -278,7 +272,7 @@ class Llama(nn.Module):
         mask [N, T], true at real tokens, is only checked: they must come first (right padding), and
         then causal attention never shows them a padding token. What is at padding is of no use.
         """
-        if mask is not None and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("mask has padding before a real token; pad on the right")
         cos, sin = rope(self.config, ids.shape[1], ids.device)
         x = self.embed(ids)  # [N, T, D]
@@ -316,16 +310,14 @@ def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
     A [r, in] and B [out, r] are float32, on `device` or where the layer is. Raises ValueError for
     an unknown name in `targets`.
     """
-    if unknown := set(targets) - set(LORA_TARGETS):
-        names = ", ".join(sorted(unknown))
-        raise ValueError(
-            f"LoRA target {names} is unknown; the layers are {', '.join(LORA_TARGETS)}"
-        )
+    for name in targets:
+        if name not in LORA_TARGETS:
+            raise ValueError(f"LoRA target {name} is unknown; need some of {LORA_TARGETS}")
     llama.requires_grad_(False)
-    llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    llama.lora["target_modules"] = sorted(targets)
+    targets = sorted(targets)
+    llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     for name, layer in llama.named_modules():
-        if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
+        if name.endswith(tuple(targets)):
             where = device or layer.weight.device
             layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=where)
             layer.lora_B = nn.Linear(r, layer.out_features, bias=False, device=where)
@@ -402,15 +394,18 @@ def in_batch_plan(weights, tolerance, size):
     weight over `tolerance` is about equal stand together: n is the largest number among them.
     `size` is the largest b * n, pairs that are computed at once.
     """
-    G, B, _ = weights.shape
+    B = weights.shape[-1]
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
-    counts, rows = (w > tolerance).sum(1).clamp(min=1).sort(descending=True)  # [N]
-    plan, counts = [], counts.tolist()
-    while rows.numel():
+    counts = (w > tolerance).sum(1).clamp(min=1)  # [N]
+    counts, rows = counts.sort(descending=True)
+    counts, plan = counts.tolist(), []
+    while counts:
         n = counts[0]
         b = max(1, size // n)
-        i, rows, counts = rows[:b], rows[b:], counts[b:]
-        plan.append((i, (i // B * B)[:, None] + order[i, :n]))
+        i = rows[:b]
+        first = i // B * B  # the first passage of its group
+        plan.append((i, first[:, None] + order[i, :n]))
+        counts, rows = counts[b:], rows[b:]
     return plan
 
 
@@ -420,127 +415,151 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
     Scores exist for one part of the plan at a time, and are computed again for the backward pass:
     they are far larger than what they are computed from.
     """
-    (G, B, H, T, d), H_kv = q.shape, k.shape[2]
-    bias = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask.bool(), -torch.inf)[:, :, None]
+    G, B, _, T, d = q.shape
+    bias = mask[:, :, None].bool().log().to(v.dtype)  # [G, B, 1, T]: zero, at padding -inf
     if v_norm:
         n = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]
-        v, bias = v / n[..., None], bias + n.log()
-    bias = bias.expand(k.shape[:-1]).flatten(0, 1)  # [N, H_kv, T]
-    q = (q / math.sqrt(d)).reshape(G * B, H_kv, -1, d)  # [N, H_kv, H/H_kv*T, d]
-    k, v, w = k.flatten(0, 1), v.flatten(0, 1), weights.flatten(0, 1)  # [N, H_kv, T, d], [N, B]
+        v = v / n[..., None]
+        bias = bias + n.log()
+    rows = q.reshape(G * B, k.shape[2], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
+    k = k.flatten(0, 1)  # [N, H_kv, T, d]
+    v = v.flatten(0, 1)
+    bias = bias.flatten(0, 1)  # [N, H_kv or 1, T]
+    weights = weights.flatten(0, 1)  # [N, B]
 
-    def rows(i, j):
-        # index_select, since the backward pass of k[j] adds one number after the other
-        keys, values, biases = (
-            x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
-            for x in (k, v, bias)
-        )  # [b, H_kv, n, T, d] twice, [b, H_kv, n, T]
-        scores = q.index_select(0, i) @ keys.flatten(2, 3).mT  # [b, H_kv, H/H_kv*T, n*T]
-        a = (scores.unflatten(-1, (-1, T)) + biases[:, :, None]).softmax(-1)
-        w_ij = w[i[:, None], j % B][:, None, :, None, None]  # [b, 1, n, 1, 1]; j % B: in its group
-        values = (w_ij * values).to(v.dtype).flatten(2, 3)  # [b, H_kv, n*T, d]
+    def passages(x, j):
+        """x[j] as [b, H_kv, n, T, ...]."""
+        # the backward pass of x[j] itself adds one number after the other
+        return x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
+
+    def read(i, j):
+        """What passages i [b] read of passages j [b, n]."""
+        keys = passages(k, j).flatten(2, 3)  # [b, H_kv, n*T, d]
+        scores = rows.index_select(0, i) @ keys.mT  # [b, H_kv, H/H_kv*T, n*T]
+        scores = scores.unflatten(-1, (-1, T)) + passages(bias, j)[:, :, None]
+        a = scores.softmax(-1)  # over the tokens of each passage: [b, H_kv, H/H_kv*T, n, T]
+        w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
+        values = w[:, None, :, None, None] * passages(v, j)  # [b, H_kv, n, T, d]
+        values = values.to(v.dtype).flatten(2, 3)
         return a.flatten(3) @ values  # [b, H_kv, H/H_kv*T, d]
 
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    out = torch.cat([again(rows, i, j) for i, j in plan])
-    back = torch.cat([i for i, _ in plan]).argsort()
-    return out.index_select(0, back).view(G, B, H, T, d)
+    parts = [checkpoint(read, *p, use_reentrant=False, preserve_rng_state=False) for p in plan]
+    order = torch.cat([i for i, _ in plan]).argsort()
+    return torch.cat(parts).index_select(0, order).view_as(q)
 
 
 # --------------------------------------------------------------------------------------------------
 # files: Hugging Face checkpoints and PEFT adapters. A folder may come from a stranger: what we do
 # not compute is refused by name, and no file leads out of its folder.
 
-MODEL_TYPES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
-# Fields that change what is computed, and the only values with which we compute it. Unset (null,
-# false, zero, empty) is fine everywhere.
-CONFIG_VALUES = {
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (1.0,),
-    "attention_bias": (),
-    "attention_dropout": (),
-    "mlp_bias": (),
-    "quantization_config": (),
-    "rope_interleaved": (),
-    "use_sliding_window": (),
+# What a field may be: a regular expression for its JSON, which is null where there is no field.
+SIZE = r"[1-9]\d{0,6}"
+ID = r"\d{1,9}"
+BOOL = "null|true|false"
+POSITIVE = r"(?!0(\.0)?$)\d{1,15}(\.\d+)?(e-[0-2]\d)?"
+SHARE = r"0(\.\d+)?|\d(\.\d+)?e-\d+"
+OBJECT = r"null|\{.*\}"
+FULL = r'\["full_attention"(, "full_attention")*\]'
+TARGETS = rf'\[("({"|".join(LORA_TARGETS)})"(, )?)+\]'
+WORDS = {  # for people
+    FULL: 'a list of "full_attention"',
+    SIZE: "an integer from 1 to 9999999",
+    POSITIVE: "a number from 1e-29 to 1e15",
+    SHARE: "a number from 0 to less than 1",
+    TARGETS: f"a list out of {', '.join(LORA_TARGETS)}",
 }
-ADAPTER_VALUES = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # others change the base's weights
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+
+# Fields that change what is computed may have only the values with which we compute it.
+CONFIG = {
+    "model_type": '"llama"|"qwen2"|"qwen3"',
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": r"[1-9]\d{0,2}",
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": f"null|{SIZE}",
+    "head_dim": f"null|{SIZE}",
+    "max_position_embeddings": f"null|{SIZE}",
+    "rms_norm_eps": f"null|{POSITIVE}",
+    "rope_theta": f"null|{POSITIVE}",
+    "rope_scaling": OBJECT,
+    "rope_parameters": OBJECT,
+    "initializer_range": f"null|{POSITIVE}",
+    "tie_word_embeddings": BOOL,
+    "bos_token_id": f"null|-1|{ID}",
+    "eos_token_id": rf"null|-1|{ID}|\[{ID}(, {ID})*\]",  # Llama 3's chat models list several
+    "pad_token_id": f"null|-1|{ID}",
+    "hidden_act": 'null|"silu"',
+    "layer_types": f"null|{FULL}",
+    "is_causal": "null|true",
+    "attention_bias": "null|false",
+    "attention_dropout": r"null|0(\.0)?",
+    "mlp_bias": "null|false",
+    "partial_rotary_factor": r"null|1(\.0)?",
+    "quantization_config": "null",
+    "rope_interleaved": "null|false",
+    "use_sliding_window": "null|false",
 }
-# Fields that are read below, or that change nothing here.
-CONFIG_KNOWN = """architectures dtype is_causal is_llama_config layer_types max_window_layers
-    pretraining_tp rope_parameters sliding_window torch_dtype transformers_version use_cache"""
-ADAPTER_KNOWN = """auto_mapping base_model_name_or_path inference_mode lora_alpha lora_dropout
-    megatron_core peft_version qalora_group_size r revision target_modules task_type use_rslora"""
+ROPE = {
+    "rope_type": 'null|"default"|"llama3"',
+    "type": 'null|"default"|"llama3"',
+    "rope_theta": f"null|{POSITIVE}",
+    "partial_rotary_factor": r"null|1(\.0)?",
+}
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ADAPTER = {
+    "peft_type": '"LORA"',
+    "r": SIZE,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE,
+    "target_modules": TARGETS,
+    "use_rslora": BOOL,
+    "bias": 'null|"none"',
+    "init_lora_weights": BOOL + '|"gaussian"|"eva"|"orthogonal"',  # others change the base
+}
+# Fields of both files that change nothing here.
+IDLE = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
+    max_window_layers megatron_core peft_version pretraining_tp qalora_group_size revision
+    sliding_window task_type torch_dtype transformers_version use_cache""".split()
 
 
-def unknown_fields(file, raw, allowed, known):
-    """Name the fields of `raw` that are set, and neither in `allowed` nor in `known`, in one line.
+def check(where, raw, rules):
+    """Raise ValueError that names a field of `raw` which breaks its rule.
 
-    Raises ValueError that names a field whose value is not `allowed`.
+    Returns the names of the fields that are set and have no rule, in one line.
     """
-    fields = {name for name, value in raw.items() if value not in (None, False, [], {}, "")}
-    for name in allowed.keys() & fields:
-        if raw[name] not in allowed[name]:
-            supported = " or ".join(map(str, (*allowed[name], "unset")))
-            raise ValueError(f"{file}: {name} is {raw[name]!r:.80}; supported: {supported}")
-    return brief(", ".join(sorted(fields - allowed.keys() - set(known.split()))))
-
-
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-# What a number may be, by its field or its type: least, most, types. Beyond that it is no model's.
-LIMITS = {
-    "num_hidden_layers": (1, 1000, int),
-    int: (1, 2**20, int),
-    int | None: (-1, 2**31, int),
-    float: (1e-30, 1e30, int, float),
-    bool: (False, True, bool),
-}
-
-
-def check(where, value, least, most, *types):
-    """Raise ValueError that begins with `where` unless `value` is of `types`, in its limits."""
-    if type(value) not in types or not least <= value <= most:  # type(): True is an int
-        names = " or ".join(t.__name__ for t in types)
-        raise ValueError(f"{where} is {value!r:.80}; need {names} from {least} to {most}")
+    for name, rule in rules.items():
+        value = raw.get(name)
+        if not re.fullmatch(rule, json.dumps(value)):
+            for pattern, words in WORDS.items():
+                rule = rule.replace(pattern, words)
+            raise ValueError(f"{where} {name} is {value!r:.80}; need {rule.replace('|', ' or ')}")
+    unknown = raw.keys() - rules.keys() - set(IDLE)
+    return brief(", ".join(sorted(name for name in unknown if raw[name])))
 
 
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    for place in (folder, folder / "retriever"):
-        if (place / "adapter_config.json").exists():
-            base = brief(read_json(place / "adapter_config.json").get("base_model_name_or_path"))
-            raise ValueError(f"{folder} is no model: use --adapter {place} with --model {base}")
-    if (folder / "retriever/config.json").exists():
-        raise ValueError(f"{folder} is a training run: use --model {folder}/retriever")
+    trained = folder / "retriever"
+    place = trained if trained.is_dir() else folder
+    adapter = place / "adapter_config.json"
+    if adapter.exists():
+        base = brief(read_json(adapter).get("base_model_name_or_path"))
+        raise ValueError(f"{folder} is no model: use --adapter {place} with --model {base}")
+    if place == trained:
+        raise ValueError(f"{folder} is a training run: use --model {place}")
     file = folder / "config.json"
-    raw, fields = read_json(file), LlamaConfig.__annotations__
-    if raw.get("model_type") not in list(MODEL_TYPES):
-        given, supported = f"{raw.get('model_type')!r:.80}", ", ".join(MODEL_TYPES)
-        raise ValueError(f"{file}: model_type is {given}; supported: {supported}")
-    if unknown := unknown_fields(file, raw, CONFIG_VALUES, " ".join([CONFIG_KNOWN, *fields])):
+    raw = read_json(file)
+    if unknown := check(f"{file}:", raw, CONFIG):
         note(f"{file}: fields unknown to us, and not used: {unknown}")
-    layers = raw.get("layer_types") or []
-    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
-    if not full or raw.get("is_causal") is False:
-        raise ValueError(f"{file}: need layer_types full_attention, and is_causal true, or neither")
-    values = {name: raw[name] for name in fields if raw.get(name) is not None}
-    values |= read_rope(file, raw)
-    if isinstance(raw.get("eos_token_id"), list):  # Llama-3's chat models list several
-        values["eos_token_id"] = next(iter(raw["eos_token_id"]), None)
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-    for name, kind in fields.items():
-        if name == "head_dim" and name not in values:  # what it follows from is checked by now
-            values[name] = values["hidden_size"] // values["num_attention_heads"]
-        limits = LIMITS.get(name) or LIMITS.get(kind)
-        if limits and (name in values or not hasattr(LlamaConfig, name)):
-            check(f"{file}: {name}", values.get(name), *limits)
-    if values["num_attention_heads"] % values["num_key_value_heads"] or values["head_dim"] % 2:
+    raw |= read_rope(file, raw)
+    heads = raw["num_attention_heads"]
+    values = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads}
+    values |= {name: raw[name] for name in LlamaConfig.__annotations__ if raw.get(name) is not None}
+    if isinstance(raw.get("eos_token_id"), list):
+        values["eos_token_id"] = raw["eos_token_id"][0]
+    H_kv, d = values["num_key_value_heads"], values["head_dim"]
+    if heads % H_kv or d % 2 or d == 0:
         need = "num_key_value_heads must divide num_attention_heads, and head_dim be even"
         raise ValueError(f"{file}: {need}")
     return values
@@ -549,88 +568,80 @@ def read_config(folder):
 def read_rope(file, raw):
     """rope_theta and rope_scaling of a config.json, as transformers 4 or 5 writes them."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"type": rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    given = [x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None]
-    theta = [*given, LlamaConfig.rope_theta][0]
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{file}: RoPE type is {kind!r:.80}; supported: default, llama3")
-    read = " ".join(("rope_type type rope_theta", *LLAMA3))
-    if unknown := unknown_fields(file, rope, {"partial_rotary_factor": (1.0,)}, read):
+    llama3 = (rope.get("rope_type") or rope.get("type")) == "llama3"
+    rules = ROPE | dict.fromkeys(LLAMA3, POSITIVE if llama3 else "null")
+    if unknown := check(f"{file}: RoPE", rope, rules):
         raise ValueError(f"{file}: RoPE's {unknown} is not supported")
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    for name in LLAMA3:
-        check(f"{file}: RoPE's {name}", rope.get(name), *LIMITS[float])
-    scaling = {"rope_type": kind} | {name: rope[name] for name in LLAMA3}
+    theta = rope.get("rope_theta") or raw.get("rope_theta")
+    scaling = None
+    if llama3:
+        scaling = {"rope_type": "llama3"} | {name: rope[name] for name in LLAMA3}
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def read_tensors(folder):
-    """[(name, tensor)] of model.safetensors, or of the shards that its index lists."""
-    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if not (folder / "model.safetensors").exists() and index.exists():
-        weight_map = read_json(index).get("weight_map")
-        shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        if not all(re.fullmatch(r"[\w.-]+\.safetensors", str(shard)) for shard in shards):
-            raise ValueError(f"{index}: weight_map must name .safetensors files of this folder")
-    elif not (folder / "model.safetensors").exists() and list(folder.glob("*.bin")):
+    """Yield (name, tensor) of model.safetensors, or of the shards that its index lists."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    shards = {file.name}
+    if not file.exists() and index.exists():
+        with reading(index, "weight_map must name .safetensors files of this folder"):
+            shards = set(read_json(index)["weight_map"].values())
+            for shard in shards:
+                if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+                    raise ValueError(f"not {shard!r}")
+    elif not file.exists() and list(folder.glob("*.bin")):
         load = "load it with transformers and save_pretrained() it once"
         raise ValueError(f"{folder} has .bin weights, which we do not read: {load}")
-    return [pair for s in sorted(set(shards)) for pair in read_safetensors(folder / s).items()]
+    for shard in sorted(shards):
+        yield from read_safetensors(folder / shard).items()
 
 
-def load_strictly(model, tensors, source, device, dtype, only=""):
-    """Make `tensors`, pairs of name and tensor, the parameters whose names contain `only`.
+def load_strictly(model, tensors, source, device, dtype):
+    """Replace all that `model` has on the meta device by `tensors`, pairs of name and tensor.
 
-    They become `dtype` on `device`. Raises ValueError that names what does not match.
+    They become `dtype` on `device`. A name may begin as in peft or in a model with a head, and may
+    hold an adapter's name (".default"). Raises ValueError that names what does not match.
     """
     given = {}
     for name, t in tensors:
+        name = name.removeprefix("base_model.model.").removeprefix("model.")
+        name = name.replace(".default.", ".")
         if name in given:
             raise ValueError(f"{source} has the tensor {brief(name)} twice")
         if not t.is_floating_point() or t.dtype.itemsize < 2:
             raise ValueError(f"{source}: {brief(name)} is {t.dtype}; need floats, 16 bits or more")
         # a copy: a file's memory is not aligned, and by that matmuls may round otherwise
         given[name] = t.to(device, dtype, copy=True)
-    for name, p in model.named_parameters():
-        if name in given and given[name].shape != p.shape:
-            has, need = brief(list(given[name].shape)), list(p.shape)
-            raise ValueError(f"{source}: tensor {name} has shape {has}, need {need}")
-    with reading(source, "does not fit the model"):
-        found = model.load_state_dict(given, strict=False, assign=True)
-        missing = [name for name in found.missing_keys if only in name]
-        if missing or found.unexpected_keys:
-            raise ValueError(f"missing {missing[:3]}, left over {found.unexpected_keys[:3]}")
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.is_meta}
+    missing = [name for name in shapes if name not in given]
+    left = [name for name in given if name not in shapes]
+    if missing or left:
+        raise ValueError(f"{source}: missing {missing[:3]}, left over {brief(left[:3])}")
+    for name, shape in shapes.items():
+        has = given[name].shape
+        if has != shape:
+            raise ValueError(f"{source}: tensor {name} has shape {list(has)}, need {list(shape)}")
+    model.load_state_dict(given, strict=False, assign=True)
 
 
 def load_adapter(llama, folder):
     """Add the LoRA matrices of a PEFT folder to `llama`.
 
-    Keys may carry the extra level of a model with a head, and an adapter's name (".default").
     Raises ValueError that names a field or tensor of what is more than plain LoRA.
     """
     folder = find(folder)
     file = folder / "adapter_config.json"
     config = read_json(file)
-    if unknown := unknown_fields(file, config, ADAPTER_VALUES, ADAPTER_KNOWN):
+    if unknown := check(f"{file}:", config, ADAPTER):
         raise ValueError(f"{file}: {unknown} is set; need plain LoRA, without it")
-    targets, dropout = config.get("target_modules"), config.get("lora_dropout", 0.0)
-    if not isinstance(targets, list) or not all(target in LORA_TARGETS for target in targets):
-        names = ", ".join(LORA_TARGETS)
-        raise ValueError(f"{file}: target_modules is {targets!r:.80}; need a list out of {names}")
-    check(f"{file}: r", r := config.get("r"), *LIMITS[int])
-    check(f"{file}: lora_alpha", alpha := config.get("lora_alpha"), *LIMITS[float])
-    check(f"{file}: lora_dropout", dropout, 0, 1, int, float)
+    r, alpha, dropout = config["r"], config["lora_alpha"], config["lora_dropout"]
     if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
         alpha = alpha * math.sqrt(r)
-    tensors = []
-    for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
-        name = name.removeprefix("base_model.model.").removeprefix("model.")
-        tensors.append((name.replace(".default.", "."), tensor))
-    add_lora(llama, r, alpha, dropout, targets, device="meta")  # no memory before r has proved true
+    tensors = read_safetensors(folder / "adapter_model.safetensors").items()
+    # on no device: r takes no memory before it has proved true
+    add_lora(llama, r, alpha, dropout, config["target_modules"], device="meta")
     device = llama.embed_tokens.weight.device
-    load_strictly(llama, tensors, folder, device, torch.float32, only=".lora_")
+    load_strictly(llama, tensors, folder, device, torch.float32)
 
 
 def save_adapter(llama, folder):
@@ -640,29 +651,26 @@ def save_adapter(llama, folder):
         prefix, task = "base_model.model.model.", "CAUSAL_LM"
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path}
     config |= {"bias": "none", **llama.lora}
-    tensors = {prefix + n: p for n, p in llama.named_parameters() if ".lora_" in n}
-    write_folder(folder, "adapter_config.json", config, "adapter_model.safetensors", tensors)
+    tensors = {prefix + name: t for name, t in llama.state_dict().items() if ".lora_" in name}
+    write_folder(folder, "adapter_", config, tensors)
 
 
 def save_model(llama, folder):
     """Write all weights as a Hugging Face checkpoint: a causal LM, or the bare decoder."""
-    name = MODEL_TYPES[llama.config.model_type] + ("ForCausalLM" if llama.has_head else "Model")
+    prefix, kind = "", "Model"
+    if llama.has_head:
+        prefix, kind = "model.", "ForCausalLM"
+    name = llama.config.model_type.capitalize() + kind
     dtype = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {"architectures": [name], "torch_dtype": dtype, "hidden_act": "silu"}
-    tensors = dict(llama.named_parameters())
-    if llama.has_head:
-        tensors = {"model." + name: p for name, p in tensors.items()}
-    if "model.lm_head.weight" in tensors:
+    tensors = {prefix + name: t for name, t in llama.state_dict().items()}
+    if llama.lm_head:
         tensors["lm_head.weight"] = tensors.pop("model.lm_head.weight")
-    config |= vars(llama.config)
-    write_folder(folder, "config.json", config, "model.safetensors", tensors)
+    write_folder(folder, "", config | vars(llama.config), tensors)
 
 
-def write_folder(folder, config_name, config, tensors_name, tensors):
-    """Write `folder`/`config_name` and `folder`/`tensors_name`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / config_name).unlink(missing_ok=True)  # a link there would be written through
-    (folder / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
-    save_file(tensors, folder / tensors_name, {"format": "pt"})
+def write_folder(folder, prefix, config, tensors):
+    """Write `folder`/{prefix}config.json and {prefix}model.safetensors."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write(f"{folder}/{prefix}config.json", json.dumps(config, indent=2) + "\n")
+    save_file(tensors, f"{folder}/{prefix}model.safetensors", {"format": "pt"})

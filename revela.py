@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import PREFIX, existing, find, new, out_of_memory, read_json, read_safetensors, reading
-from model import LIMITS, Llama, check, in_batch_attention_fast, in_batch_plan, load_adapter, rope
+from model import SIZE, Llama, check, in_batch_attention_fast, in_batch_plan, load_adapter, rope
 
 POOLING = "pooling.safetensors"  # beside an adapter or a model: what standardises its vectors
 
@@ -346,7 +346,7 @@ class Tokenizer:
             whole = self.tokenizer.encode("a")
             self.start = whole.ids[: whole.special_tokens_mask.index(0)]
         self.vocab_size = config.get("vocab_size")
-        check(f"{folder}: vocab_size", self.vocab_size, *LIMITS[int])
+        check(f"{folder}:", config, {"vocab_size": SIZE})
         if type(self.eos_id) is not int or not 0 <= self.eos_id < self.vocab_size:
             need = "tokenizer_config.json needs an eos_token that is in the vocabulary"
             raise ValueError(f"{folder}: no EOS token: {need}")
