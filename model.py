@@ -73,7 +73,7 @@ class Linear(nn.Linear):
         if self.lora_A is None:
             return y
         if self.dropout and self.training and torch.is_grad_enabled():
-            # keeps x alone, which q, k and v share, and neither its dropped copies nor masks
+            # computed again in the backward pass: only x is kept, which q, k and v share
             return y + checkpoint(self.correction, x, use_reentrant=False)
         return y + self.correction(x)
 
@@ -129,15 +129,16 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
-# Where attention is written out: in bfloat16 on a CPU, forward and backward at T = 160 take a
-# quarter of the time of torch's scaled_dot_product_attention; in float32 as long.
+# Where attention is written out: on a CPU in bfloat16 that takes a quarter of the time of torch's
+# scaled_dot_product_attention (forward and backward, T = 160); in float32 it takes as long.
 WRITTEN_OUT = {"cpu"}
 
 
 def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(d) at the past) v: q [N, H, T, d], k and v [N, H_kv, T, d] -> as q.
+    """out_t = sum over u <= t of a_tu v_u,   a_t = softmax over u <= t of q_t . k_u / sqrt(d)
 
-    Each key/value head serves H / H_kv query heads. Padding comes last, so that nobody sees it.
+    q [N, H, T, d], k and v [N, H_kv, T, d] -> [N, H, T, d]. A key/value head serves H / H_kv query
+    heads: below, their rows stand one under the other. Padding comes last, so that nobody sees it.
     """
     if q.device.type not in WRITTEN_OUT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -203,7 +204,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read(out, q): what goes to `o_proj` instead of the causal attention `out`, [N, H, T, d] all.
+        read(own, q): what goes to `o_proj` instead of own, the causal attention, [N, H, T, d] all.
         kv_only: leave x as it is; only keys and values are wanted.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -246,7 +247,7 @@ class Llama(nn.Module):
         tensors, tied = [], None
         for name, tensor in read_tensors(folder):
             if name == "lm_head.weight" and model.lm_head is None:
-                tied = tensor  # some files store it again; a retriever needs none
+                tied = tensor  # some files store the embedding again; a retriever needs no head
             elif not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
                 tensors.append((name, tensor))
         load_strictly(model, tensors, path, device, dtype)
@@ -281,10 +282,10 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def embed(self, ids):
-        """ids [N, T] -> the residual stream [N, T, D], under autocast in float32.
+        """ids [N, T] -> the residual stream [N, T, D].
 
-        Blocks add to it what they compute in bfloat16. Were it rounded to that after each of them,
-        its few huge coordinates would drown the gradient in noise.
+        It stays float32 under autocast. It has a few huge coordinates: rounded to bfloat16 in every
+        block, they would drown the gradient in noise.
         """
         x = self.embed_tokens(ids)
         device = x.device.type
@@ -382,17 +383,17 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 #
 #     C_ij[t] = sum_u b_u (v_ju / n_u),   b = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
 #
-# so it costs one bias for each key, and padding is the same bias at minus infinity. Second, w_ij
+# So V-norm costs one bias for each key. Padding is the same bias at minus infinity. Second, w_ij
 # goes into the values, and the sum over j into the matmul that sums over u. Third, a passage whose
-# weight is next to nothing is left out.
+# weight is next to nothing is left out: `in_batch_plan` says who reads whom.
 
 
 def in_batch_plan(weights, tolerance, size):
-    """Which passages j each passage i reads: [(i [b], j [b, n])], rows of [N = G*B].
+    """Who reads whom: a list of (i [b], j [b, n]), where passage i[x] reads the passages j[x].
 
-    i and j are passages of all groups, numbered from 0 to N-1. Those i whose number of j with a
-    weight over `tolerance` is about equal stand together: n is the largest number among them.
-    `size` is the largest b * n, pairs that are computed at once.
+    Passages of all groups are numbered from 0 to N-1. They are sorted by how many others they read
+    (weight > tolerance) and cut into parts. n is the largest number of a part, and b * n is at most
+    `size`: the pairs that are computed at once.
     """
     B = weights.shape[-1]
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
@@ -610,7 +611,7 @@ def load_strictly(model, tensors, source, device, dtype):
             raise ValueError(f"{source} has the tensor {brief(name)} twice")
         if not t.is_floating_point() or t.dtype.itemsize < 2:
             raise ValueError(f"{source}: {brief(name)} is {t.dtype}; need floats, 16 bits or more")
-        # a copy: a file's memory is not aligned, and by that matmuls may round otherwise
+        # copied, since a file's memory is not aligned, and matmuls then round otherwise
         given[name] = t.to(device, dtype, copy=True)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.is_meta}
     missing = [name for name in shapes if name not in given]
