@@ -84,7 +84,8 @@ class Retriever(nn.Module):
         x = self.pool(ids.flatten(0, -2), mask.flatten(0, -2))  # [N, D]
         if self.pooling == "mean":
             x = (x - self.mean) / self.std
-        return F.normalize(x, dim=-1).view(*ids.shape[:-1], -1)
+        x = F.normalize(x, dim=-1)
+        return x.unflatten(0, ids.shape[:-1])
 
     def pool(self, ids, mask):
         """ids, mask [N, T] -> one vector of each text [N, D] float32, before standardisation."""
@@ -93,13 +94,17 @@ class Retriever(nn.Module):
         if self.pooling == "eos":
             return hidden[torch.arange(len(n), device=n.device), n].float()
         text = torch.arange(ids.shape[1], device=n.device) < n[:, None]  # [N, T]
-        return (hidden.float() * text[..., None]).sum(1) / n[:, None].clamp(min=1)
+        x = hidden.float() * text[..., None]
+        return x.sum(1) / n[:, None].clamp(min=1)
 
     @torch.no_grad()
     def standardise(self, batches):
         """Let `mean` and `std` be those of the passages of `batches`."""
-        pairs = [(batch["passage_ids"], batch["passage_mask"]) for batch in batches]
-        x = torch.cat([self.pool(i.flatten(0, 1), m.flatten(0, 1)) for i, m in pairs])  # [P, D]
+        x = []
+        for batch in batches:
+            ids, mask = batch["passage_ids"], batch["passage_mask"]  # [G, B, T]
+            x.append(self.pool(ids.flatten(0, 1), mask.flatten(0, 1)))  # [N, D]
+        x = torch.cat(x)
         self.mean.copy_(x.mean(0))
         self.std.copy_(x.std(0).clamp(min=1e-6))  # above 0, should all passages be the same
 
@@ -188,7 +193,8 @@ class Revela(nn.Module):
     def loss_alone(self, batch):
         """The next-token loss of passages alone: that of the context stream."""
         ids = batch["lm_ids"]
-        hidden = self.lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])  # [G, B, T, D]
+        hidden = self.lm(ids.flatten(0, 1))  # [N, T, D]
+        hidden = hidden.unflatten(0, ids.shape[:2])  # [G, B, T, D]
         return self.cross_entropy(hidden, batch)
 
     def embed(self, batch):
@@ -221,9 +227,10 @@ class Revela(nn.Module):
 
         Padding is not, nor is a token equal to the pad token inside a text (as published).
         """
-        config, ids = self.lm.config, batch["lm_ids"][..., 1:]
+        config = self.lm.config
         pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
-        return batch["lm_mask"][..., 1:] & (ids != (-1 if pad_id is None else pad_id))
+        ids, mask = batch["lm_ids"][..., 1:], batch["lm_mask"][..., 1:]
+        return mask if pad_id is None else mask & (ids != pad_id)
 
     def count(self, batch):
         """How many targets the loss is the mean of: by it a micro-batch counts in an update."""
@@ -240,7 +247,8 @@ class Revela(nn.Module):
         ids = batch["lm_ids"][..., 1:][targets]  # [M]
 
         def summed(hidden, ids):
-            return F.cross_entropy(self.lm.logits(hidden).float(), ids, reduction="sum")
+            logits = self.lm.logits(hidden).float()
+            return F.cross_entropy(logits, ids, reduction="sum")
 
         size = max(1, max_logits // self.lm.config.vocab_size)
         total = 0
@@ -309,14 +317,15 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
 
 def observe(loss, w, p):
     """Statistics for the log: of the loss, the weights w and the passages' vectors p."""
-    w, p = w.detach(), p.detach()
+    w = w.detach()
+    mean = p.detach().flatten(0, 1).mean(0)  # [D]
+    spread = 1 - mean.square().sum()  # 0 if all vectors are one (collapse), 1 if their mean is zero
     return {
         "loss": loss.detach(),
         "max_weight": w.amax(-1).mean(),
         "weight_entropy": torch.special.entr(w).sum(-1).mean(),
         "dropped_weight": w.where(w <= NEGLIGIBLE, 0).sum(-1).mean(),
-        # 0 if all passages have one embedding (collapse), 1 if their mean is zero
-        "spread": (1 - p.flatten(0, 1).mean(0).square().sum()).clamp(min=0).sqrt(),
+        "spread": spread.clamp(min=0).sqrt(),
     }
 
 
@@ -371,8 +380,10 @@ class Tokenizer:
 
         `ratio` < 1 keeps the first int(n * ratio) of the n tokens before the EOS, prefix counted.
         """
-        rows = self.token_ids([PREFIX[kind] + text for text in texts], max_len - 1)
-        return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
+        texts = [PREFIX[kind] + text for text in texts]
+        rows = self.token_ids(texts, max_len - 1)
+        rows = [row[: int(len(row) * ratio)] for row in rows]
+        return [row + [self.eos_id] for row in rows]
 
 
 def pad(rows, value):
@@ -473,7 +484,7 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
 
 def by_length(rows, batch_tokens):
     """Yield lists of indices of `rows`, the longest first: batches of at most `batch_tokens`."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     while order:
         size = max(1, batch_tokens // len(rows[order[0]]))
         yield order[:size]
