@@ -57,7 +57,8 @@ class Groups(torch.utils.data.Dataset):
         """size: passages of a group that are used. Raises ValueError that names a bad line."""
         if str(file).endswith(".gz"):
             raise ValueError(f"{file}: groups are read from the middle of a file; gunzip it first")
-        self.file, self.size, self.checksum = str(file), size, 0
+        self.file, self.size = str(file), size
+        self.checksum = 0  # by which a resumed run notices other data
         self.offsets, position = array("q"), 0
         with open(existing(file), "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -78,13 +79,14 @@ class Groups(torch.utils.data.Dataset):
             return parse_group(lines.readline(), f"{self.file}: group {i}", self.size)
 
 
-def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1):
-    """Which of n groups this rank reads: `groups` indices for each micro-batch of updates `first`
-    to `last` - 1.
+def group_order(n, seed, first, last, rank=0, world_size=1, accumulation=1, groups=1):
+    """Yield the groups, of n, that this rank reads: a list for each micro-batch.
 
-    Each epoch is a permutation that depends on (seed, epoch) alone, and an update takes the next
-    world * accumulation * groups of it. So a run can be resumed, and what an update reads does not
-    depend on how that product is split.
+    It is for the micro-batches of updates `first` to `last` - 1, of `groups` groups each.
+
+    Each epoch is a permutation that depends on (seed, epoch) alone. An update takes the next
+    world_size * accumulation * groups of it. So a run can be resumed, and what an update reads does
+    not depend on how that product is split.
     """
 
     @lru_cache(1)
@@ -92,7 +94,7 @@ def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1)
         return np.random.default_rng([seed, epoch]).permutation(n)
 
     for micro in range(first * accumulation, last * accumulation):
-        start = (micro * world + rank) * groups
+        start = (micro * world_size + rank) * groups
         yield [int(order(i // n)[i % n]) for i in range(start, start + groups)]
 
 
@@ -101,7 +103,8 @@ def group_order(n, seed, first, last, rank=0, world=1, accumulation=1, groups=1)
 
 # Thai, Lao, Burmese, Khmer, kana, Chinese have no spaces: each character counts as a word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-MARKS = "\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3"  # theirs
+# their vowel signs and tones, which stay with the character before
+MARKS = "\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3"
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 # Where a text may be cut, from the best place to the last resort.
@@ -162,9 +165,10 @@ def group_by_document(documents, size, run_length, seed=0):
         room = size - len(group)
         lengths = [n for n, runs in enumerate(by_length) if runs]
         fitting = [n for n in lengths if n <= room]
+        # the longest that fits, else the shortest, which is cut
         run = by_length[max(fitting, default=lengths[0])].pop()
         group += run[:room]
-        if rest := run[room:]:  # none fitted: the shortest is cut
+        if rest := run[room:]:
             by_length[len(rest)].append(rest)
         if len(group) == size:
             yield group
@@ -172,7 +176,7 @@ def group_by_document(documents, size, run_length, seed=0):
 
 
 def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest=60):
-    """List groups of `size` passages: a run from each of size / run_length documents alike.
+    """List groups of `size` passages: a run from each of size / run_length similar documents.
 
     A run is `run_length` consecutive passages; what is left of a document is not used. The first
     document of a group is drawn at random. The others are those most like it that still have a run:
@@ -194,7 +198,7 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
         index = BM25(texts)
         near = [np.argsort(-index.scores(text), kind="stable")[: nearest + 1] for text in texts]
         before = None
-        while before != len(groups):
+        while before != len(groups):  # rounds over all documents, until one makes no group
             before = len(groups)
             for i in rng.sample(range(len(part)), len(part)):
                 alike = [j for j in near[i].tolist() if j != i and runs[j]][:others]
@@ -281,10 +285,10 @@ def read_beir(folder, split="test"):
     file = folder / "qrels" / f"{split}.tsv"
     judged = read_qrels(file)
     qrels = {qid: grades for qid, grades in judged.items() if qid in queries}
-    pairs = [docid for grades in qrels.values() for docid in grades]
-    unknown = [docid for docid in pairs if docid not in corpus]
+    docids = [docid for grades in qrels.values() for docid in grades]
+    unknown = [docid for docid in docids if docid not in corpus]
     lost = len(judged) - len(qrels)
-    if 2 * lost > len(judged) or 2 * len(unknown) > len(pairs):
+    if 2 * lost > len(judged) or 2 * len(unknown) > len(docids):
         raise ValueError(f"{file} judges mostly queries or documents that {folder} does not hold")
     if lost:
         note(f"{file}: {lost} queries are not in queries.jsonl, and left out")
@@ -340,8 +344,9 @@ def read_qrels(file):
         if len(fields) != 3 or not re.fullmatch(r"[+-]?\d{1,9}", fields[2]):
             need = "need query-id, corpus-id, whole score, or TREC's query-id, 0, corpus-id, score"
             raise ValueError(f"{where}: {need}")
-        qid, docid, grade = fields
-        if qrels.setdefault(qid, {}).setdefault(docid, int(grade)) != int(grade):
+        qid, docid, grade = fields[0], fields[1], int(fields[2])
+        grades = qrels.setdefault(qid, {})
+        if grades.setdefault(docid, grade) != grade:
             raise ValueError(f"{where}: {docid!r:.80} has another score for {qid!r:.80} above")
     return qrels
 
@@ -500,7 +505,7 @@ def reading(where, failed):
     """Turn whatever fails inside into one ValueError of one line: "{where} {failed}: ..."."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):  # the last: `read_lines` yields inside
         raise
     except BaseException as error:  # a panic of Rust is no Exception
         if str(error).startswith(str(where)):

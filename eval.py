@@ -116,6 +116,11 @@ def measure(run, qrels):
     return means | {"per_query": rows}
 
 
+HEAD = "data             system   nDCG@10   MRR@10    R@100  queries  documents      s"
+ROW = """{data:<16} {system:<7} {ndcg@10:8.4f} {mrr@10:8.4f} {recall@100:8.4f} \
+{queries:>8} {documents:>10} {s:6.1f}"""
+
+
 # --------------------------------------------------------------------------------------------------
 # dense search
 
@@ -133,12 +138,17 @@ def search(queries, passages, k, chunk=65536):
         numbers = torch.arange(start, start + part.shape[1]).expand_as(part)
         scores = torch.cat([scores, part], 1)
         indices = torch.cat([indices, numbers], 1)
-        scores, best = scores.topk(min(k, scores.shape[1]))
-        indices = indices.gather(1, best)
+        scores, indices = largest(scores, indices, k)
     return scores, indices
 
 
-def first(collection, qid, pairs, k):
+def largest(scores, indices, k):
+    """The k largest of `scores` and their `indices`, both [Q, n] -> [Q, k], or all with fewer."""
+    scores, columns = scores.topk(min(k, scores.shape[1]))
+    return scores, indices.gather(1, columns)
+
+
+def without_itself(collection, qid, pairs, k):
     """{docid: score} of the first k of `pairs`, without the document that is the query itself.
 
     As in BEIR, that is the document with the query's id. But queries and documents are often both
@@ -146,7 +156,8 @@ def first(collection, qid, pairs, k):
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
-    same = f" {text}".endswith(f" {query}") and 2 * len(query) > len(text)  # perhaps with a title
+    # the text may begin with a title that is shorter than the query
+    same = f" {text}".endswith(f" {query}") and 2 * len(query) > len(text)
     found = dict(pairs)
     if same and qrels[qid].get(qid, 0) <= 0:
         found.pop(qid, None)
@@ -160,27 +171,26 @@ def dense_run(retriever, collection, k=1000, out=None, **options):
     its part of the documents (and writes it to `out` with ".RANK-of-WORLD" before the suffix).
     """
     corpus, queries, _ = collection
-    rank, world = 0, 1
+    rank, world_size = 0, 1
     if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
     docids, P = list(corpus), len(corpus)
-    start, end = P * rank // world, P * (rank + 1) // world
-    if out and world > 1:
-        out = Path(out).with_suffix(f".{rank}-of-{world}.npy")
+    start, end = P * rank // world_size, P * (rank + 1) // world_size
+    if out and world_size > 1:
+        out = Path(out).with_suffix(f".{rank}-of-{world_size}.npy")
     texts = list(corpus.values())[start:end]
     passages = retriever.encode(texts, "passage", out=out, **options)  # [P, D]
-    vectors = retriever.encode(list(queries.values()), "query", **options)  # [Q, D]
-    scores, indices = search(vectors, passages, k + 1)  # one more: one may be the query itself
-    if world > 1:
-        parts = [None] * world
+    asked = retriever.encode(list(queries.values()), "query", **options)  # [Q, D]
+    scores, indices = search(asked, passages, k + 1)  # one more: one may be the query itself
+    if world_size > 1:
+        parts = [None] * world_size
         dist.all_gather_object(parts, (scores, indices + start))
         scores, indices = (torch.cat(part, 1) for part in zip(*parts))
-        scores, best = scores.topk(min(k + 1, P))
-        indices = indices.gather(1, best)
+        scores, indices = largest(scores, indices, k + 1)
     run = {}
-    for qid, row, best in zip(queries, scores.tolist(), indices.tolist()):
-        pairs = zip([docids[i] for i in best], row)
-        run[qid] = first(collection, qid, pairs, k)
+    for qid, row, found in zip(queries, scores.tolist(), indices.tolist()):
+        pairs = zip([docids[i] for i in found], row)
+        run[qid] = without_itself(collection, qid, pairs, k)
     return run
 
 
@@ -245,7 +255,7 @@ def bm25_run(collection, k=1000, index=None):
         scores = index.scores(text)
         best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
         pairs = [(docids[i], scores[i].item()) for i in best if scores[i] > 0]
-        run[qid] = first(collection, qid, pairs, k)
+        run[qid] = without_itself(collection, qid, pairs, k)
     return run
 
 
@@ -290,7 +300,7 @@ def interactive(args, retriever, progress=False, **encode):
     if args.bm25:
         index = BM25(passages, args.english)
     if retriever:
-        probe = retriever.encode(["a text"], **encode).tolist()
+        probe = retriever.encode(["a text"], **encode).tolist()  # another model, another vector
         made_from = json.dumps([probe, encode["max_len"], passages]).encode()
         name = Path(args.interactive).resolve().name
         digest = hashlib.sha256(made_from).hexdigest()[:16]
@@ -305,7 +315,8 @@ def interactive(args, retriever, progress=False, **encode):
         while question := input("\n> ").strip():
             runs = []
             if args.bm25:
-                runs.append(bm25_run((corpus, {"": question}, {"": {}}), index=index))
+                collection = corpus, {"": question}, {"": {}}  # one query, nothing judged
+                runs.append(bm25_run(collection, index=index))
             if retriever:
                 query = retriever.encode([question], "query", **encode)  # [1, D]
                 scores, best = (t[0].tolist() for t in search(query, vectors, 1000))
@@ -372,7 +383,7 @@ def export(retriever, folder, max_len=512):
     folder, ours = Path(folder), retriever.tokenizer
     if ours is None:
         raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which --export needs")
-    ids = [*ours.start, ours.eos_id]
+    ids = [*ours.bos_ids, ours.eos_id]
     tokens = [ours.tokenizer.id_to_token(i) for i in ids]
     if None in tokens:
         raise ValueError(f"{ours.file} has no token {ours.eos_id}, the EOS, which --export needs")
@@ -440,7 +451,7 @@ def mteb_results(retriever, tasks, max_len):
         scores = next(iter(task.scores.values()))[0]  # of the task's one split
         result = {"data": task.task_name, "system": "dense", "per_query": {}}
         result |= {name: scores[name.replace("@", "_at_")] for name in MEASURES}
-        print(LINE.format(**result, queries="", documents="", s=0))
+        print(ROW.format(**result, queries="", documents="", s=0))
         yield result
 
 
@@ -510,7 +521,8 @@ def parse_args(argv=None):
     args = Namespace(**defaults | given)
     to_others = args.mteb or args.export
     asked = args.data or args.interactive or to_others
-    if not asked or (not args.model and (to_others or not args.bm25)):
+    without_model = args.bm25 and not to_others
+    if not asked or not (args.model or without_model):
         raise ValueError(
             "nothing to do: give --data or --interactive with --model, --bm25 or both; "
             "or --model with --mteb or --export"
@@ -524,11 +536,6 @@ def parse_args(argv=None):
     new(args.out)
     new(args.export)
     return args
-
-
-HEAD = "data             system   nDCG@10   MRR@10    R@100  queries  documents      s"
-LINE = """{data:<16} {system:<7} {ndcg@10:8.4f} {mrr@10:8.4f} {recall@100:8.4f} \
-{queries:>8} {documents:>10} {s:6.1f}"""
 
 
 def systems(args, retriever, options, collection, out):
@@ -560,7 +567,7 @@ def evaluate(args, retriever, options, say):
         for system, run in systems(args, retriever, options, collection, files[name]):
             result = {"data": name, "system": system} | measure(run, qrels)
             size = {"queries": len(queries), "documents": len(corpus), "s": time.time() - began}
-            say(LINE.format(**result | size))
+            say(ROW.format(**result | size))
             yield result
             began = time.time()
     if args.mteb:
@@ -571,7 +578,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.vectors:
         Path(args.vectors).mkdir(parents=True, exist_ok=True)
-    device, rank, world = setup(args.device)
+    device, rank, world_size = setup(args.device)
     if rank > 0:  # helps with the dense runs and leaves the rest to the first process
         for name in ("bm25", "mteb", "export", "out", "interactive"):
             setattr(args, name, None)
@@ -597,7 +604,7 @@ def main(argv=None):
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
     if args.interactive:
         interactive(args, retriever, **options)
-    if world > 1:
+    if world_size > 1:
         dist.barrier()  # a process that leaves while another works would end the job for both
 
 

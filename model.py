@@ -86,8 +86,8 @@ class Linear(nn.Linear):
 def dropout(x, p):
     """Zero each element with probability p and divide the rest by 1 - p.
 
-    On a CPU torch draws one number an element; four elements a number take a third of its time.
-    Each element gets 16 random bits, so that p is rounded to a multiple of 2^-16.
+    On a CPU torch draws a random number for each element. Here a 64-bit number serves four elements
+    with 16 bits each, in a third of the time. So p is rounded to a multiple of 2^-16.
     """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
@@ -129,18 +129,18 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
-# Where attention is written out: on a CPU in bfloat16 that takes a quarter of the time of torch's
-# scaled_dot_product_attention (forward and backward, T = 160); in float32 it takes as long.
-WRITTEN_OUT = {"cpu"}
+# The device where attention is written out. In bfloat16 that takes a quarter of the time of torch's
+# scaled_dot_product_attention there (forward and backward, T = 160), and as long in float32.
+WRITTEN_OUT = "cpu"
 
 
 def causal_attention(q, k, v):
     """out_t = sum over u <= t of a_tu v_u,   a_t = softmax over u <= t of q_t . k_u / sqrt(d)
 
     q [N, H, T, d], k and v [N, H_kv, T, d] -> [N, H, T, d]. A key/value head serves H / H_kv query
-    heads: below, their rows stand one under the other. Padding comes last, so that nobody sees it.
+    heads, which are stacked along T for one matmul. Padding comes last, so that nobody sees it.
     """
-    if q.device.type not in WRITTEN_OUT:
+    if q.device.type != WRITTEN_OUT:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     N, H, T, d = q.shape
     rows = q.reshape(N, k.shape[1], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
@@ -204,8 +204,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read(own, q): what goes to `o_proj` instead of own, the causal attention, [N, H, T, d] all.
-        kv_only: leave x as it is; only keys and values are wanted.
+        read(own, q) gets the causal attention and the queries. What it returns goes to `o_proj` in
+        its place. All are [N, H, T, d]. kv_only: only keys and values are wanted; x stays.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         if kv_only:
@@ -270,8 +270,8 @@ class Llama(nn.Module):
     def forward(self, ids, mask=None):
         """ids [N, T] int64 -> hidden states [N, T, D] after the final norm.
 
-        mask [N, T], true at real tokens, is only checked: they must come first (right padding), and
-        then causal attention never shows them a padding token. What is at padding is of no use.
+        mask [N, T], true at real tokens, may be left out: it is only checked that they come first.
+        Then causal attention never shows them a padding token. What is at padding is of no use.
         """
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("mask has padding before a real token; pad on the right")
@@ -383,26 +383,27 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 #
 #     C_ij[t] = sum_u b_u (v_ju / n_u),   b = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
 #
+# since b_u = a_u n_u / sum_u a_u n_u: n_u cancels above, and below is the mean length.
 # So V-norm costs one bias for each key. Padding is the same bias at minus infinity. Second, w_ij
 # goes into the values, and the sum over j into the matmul that sums over u. Third, a passage whose
 # weight is next to nothing is left out: `in_batch_plan` says who reads whom.
 
 
-def in_batch_plan(weights, tolerance, size):
+def in_batch_plan(weights, negligible, max_pairs):
     """Who reads whom: a list of (i [b], j [b, n]), where passage i[x] reads the passages j[x].
 
-    Passages of all groups are numbered from 0 to N-1. They are sorted by how many others they read
-    (weight > tolerance) and cut into parts. n is the largest number of a part, and b * n is at most
-    `size`: the pairs that are computed at once.
+    Passages of all groups are numbered from 0 to N-1. They are sorted by how many others they read,
+    by weights above `negligible`, and cut into parts of at most `max_pairs` pairs (i, j), or of one
+    i. All i of a part read n passages, as many as the first of them needs.
     """
     B = weights.shape[-1]
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
-    counts = (w > tolerance).sum(1).clamp(min=1)  # [N]
+    counts = (w > negligible).sum(1).clamp(min=1)  # [N]; a row of zeros reads something, too
     counts, rows = counts.sort(descending=True)
     counts, plan = counts.tolist(), []
     while counts:
         n = counts[0]
-        b = max(1, size // n)
+        b = max(1, max_pairs // n)
         i = rows[:b]
         first = i // B * B  # the first passage of its group
         plan.append((i, first[:, None] + order[i, :n]))
@@ -419,10 +420,10 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
     G, B, _, T, d = q.shape
     bias = mask[:, :, None].bool().log().to(v.dtype)  # [G, B, 1, T]: zero, at padding -inf
     if v_norm:
-        n = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]
-        v = v / n[..., None]
-        bias = bias + n.log()
-    rows = q.reshape(G * B, k.shape[2], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
+        lengths = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]: n_u
+        v = v / lengths[..., None]
+        bias = bias + lengths.log()
+    queries = q.reshape(G * B, k.shape[2], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
     k = k.flatten(0, 1)  # [N, H_kv, T, d]
     v = v.flatten(0, 1)
     bias = bias.flatten(0, 1)  # [N, H_kv or 1, T]
@@ -430,13 +431,13 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 
     def passages(x, j):
         """x[j] as [b, H_kv, n, T, ...]."""
-        # the backward pass of x[j] itself adds one number after the other
+        # not x[j], whose backward pass adds one number after the other
         return x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
 
-    def read(i, j):
+    def attend(i, j):
         """What passages i [b] read of passages j [b, n]."""
         keys = passages(k, j).flatten(2, 3)  # [b, H_kv, n*T, d]
-        scores = rows.index_select(0, i) @ keys.mT  # [b, H_kv, H/H_kv*T, n*T]
+        scores = queries.index_select(0, i) @ keys.mT  # [b, H_kv, H/H_kv*T, n*T]
         scores = scores.unflatten(-1, (-1, T)) + passages(bias, j)[:, :, None]
         a = scores.softmax(-1)  # over the tokens of each passage: [b, H_kv, H/H_kv*T, n, T]
         w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
@@ -444,7 +445,7 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
         values = values.to(v.dtype).flatten(2, 3)
         return a.flatten(3) @ values  # [b, H_kv, H/H_kv*T, d]
 
-    parts = [checkpoint(read, *p, use_reentrant=False, preserve_rng_state=False) for p in plan]
+    parts = [checkpoint(attend, *p, use_reentrant=False, preserve_rng_state=False) for p in plan]
     order = torch.cat([i for i, _ in plan]).argsort()
     return torch.cat(parts).index_select(0, order).view_as(q)
 
@@ -453,70 +454,55 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. A folder may come from a stranger: what we do
 # not compute is refused by name, and no file leads out of its folder.
 
-# What a field may be: a regular expression for its JSON, which is null where there is no field.
-SIZE = r"[1-9]\d{0,6}"
-ID = r"\d{1,9}"
-BOOL = "null|true|false"
-POSITIVE = r"(?!0(\.0)?$)\d{1,15}(\.\d+)?(e-[0-2]\d)?"
-SHARE = r"0(\.\d+)?|\d(\.\d+)?e-\d+"
-OBJECT = r"null|\{.*\}"
-FULL = r'\["full_attention"(, "full_attention")*\]'
-TARGETS = rf'\[("({"|".join(LORA_TARGETS)})"(, )?)+\]'
-WORDS = {  # for people
-    FULL: 'a list of "full_attention"',
-    SIZE: "an integer from 1 to 9999999",
-    POSITIVE: "a number from 1e-29 to 1e15",
-    SHARE: "a number from 0 to less than 1",
-    TARGETS: f"a list out of {', '.join(LORA_TARGETS)}",
+# What a field may be: a list of values, of ranges of integers, and of words with a test.
+NUMBER, SHARE = "a number from 1e-29 to 1e15", "a number from 0 to less than 1"
+OBJECT, IDS = "an object", "a list of token ids"
+FULL, TARGETS = 'a list of "full_attention"', f"a list out of {', '.join(LORA_TARGETS)}"
+TESTS = {
+    NUMBER: lambda x: type(x) in (int, float) and 1e-29 <= x <= 1e15,  # type(): True is an int
+    SHARE: lambda x: type(x) in (int, float) and 0 <= x < 1,
+    OBJECT: lambda x: type(x) is dict,
+    IDS: lambda x: type(x) is list and x != [] and all(fits(i, ID) for i in x),
+    FULL: lambda x: type(x) is list and x == ["full_attention"] * len(x),
+    TARGETS: lambda x: type(x) is list and x != [] and all(name in LORA_TARGETS for name in x),
 }
+SIZE, ID = range(1, 10**7), range(-1, 10**9)
 
 # Fields that change what is computed may have only the values with which we compute it.
 CONFIG = {
-    "model_type": '"llama"|"qwen2"|"qwen3"',
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "intermediate_size": SIZE,
-    "num_hidden_layers": r"[1-9]\d{0,2}",
-    "num_attention_heads": SIZE,
-    "num_key_value_heads": f"null|{SIZE}",
-    "head_dim": f"null|{SIZE}",
-    "max_position_embeddings": f"null|{SIZE}",
-    "rms_norm_eps": f"null|{POSITIVE}",
-    "rope_theta": f"null|{POSITIVE}",
-    "rope_scaling": OBJECT,
-    "rope_parameters": OBJECT,
-    "initializer_range": f"null|{POSITIVE}",
-    "tie_word_embeddings": BOOL,
-    "bos_token_id": f"null|-1|{ID}",
-    "eos_token_id": rf"null|-1|{ID}|\[{ID}(, {ID})*\]",  # Llama 3's chat models list several
-    "pad_token_id": f"null|-1|{ID}",
-    "hidden_act": 'null|"silu"',
-    "layer_types": f"null|{FULL}",
-    "is_causal": "null|true",
-    "attention_bias": "null|false",
-    "attention_dropout": r"null|0(\.0)?",
-    "mlp_bias": "null|false",
-    "partial_rotary_factor": r"null|1(\.0)?",
-    "quantization_config": "null",
-    "rope_interleaved": "null|false",
-    "use_sliding_window": "null|false",
+    "model_type": ["llama", "qwen2", "qwen3"],
+    "vocab_size hidden_size intermediate_size num_attention_heads": [SIZE],
+    "num_key_value_heads head_dim max_position_embeddings": [None, SIZE],
+    "num_hidden_layers": [range(1, 1000)],
+    "rms_norm_eps rope_theta initializer_range": [None, NUMBER],
+    "rope_scaling rope_parameters": [None, OBJECT],
+    "bos_token_id pad_token_id": [None, ID],
+    "eos_token_id": [None, ID, IDS],  # Llama 3's chat models list several
+    "tie_word_embeddings": [None, False, True],
+    "hidden_act": [None, "silu"],
+    "layer_types": [None, FULL],
+    "is_causal": [None, True],
+    "attention_bias mlp_bias rope_interleaved use_sliding_window": [None, False],
+    "attention_dropout": [None, 0],
+    "partial_rotary_factor": [None, 1],
+    "quantization_config": [None],
 }
 ROPE = {
-    "rope_type": 'null|"default"|"llama3"',
-    "type": 'null|"default"|"llama3"',
-    "rope_theta": f"null|{POSITIVE}",
-    "partial_rotary_factor": r"null|1(\.0)?",
+    "rope_type type": [None, "default", "llama3"],
+    "rope_theta": [None, NUMBER],
+    "partial_rotary_factor": [None, 1],
 }
 LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ADAPTER = {
-    "peft_type": '"LORA"',
-    "r": SIZE,
-    "lora_alpha": POSITIVE,
-    "lora_dropout": SHARE,
-    "target_modules": TARGETS,
-    "use_rslora": BOOL,
-    "bias": 'null|"none"',
-    "init_lora_weights": BOOL + '|"gaussian"|"eva"|"orthogonal"',  # others change the base
+    "peft_type": ["LORA"],
+    "r": [SIZE],
+    "lora_alpha": [NUMBER],
+    "lora_dropout": [SHARE],
+    "target_modules": [TARGETS],
+    "use_rslora": [None, False, True],
+    "bias": [None, "none"],
+    # others change the base
+    "init_lora_weights": [None, False, True, "gaussian", "eva", "orthogonal"],
 }
 # Fields of both files that change nothing here.
 IDLE = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
@@ -524,19 +510,28 @@ IDLE = """architectures auto_mapping base_model_name_or_path dtype inference_mod
     sliding_window task_type torch_dtype transformers_version use_cache""".split()
 
 
+def fits(value, rule):
+    """Whether `value` is what `rule` says: a value, a range, or words of TESTS."""
+    if isinstance(rule, range):
+        return type(value) is int and value in rule
+    return TESTS[rule](value) if rule in TESTS else value == rule
+
+
 def check(where, raw, rules):
-    """Raise ValueError that names a field of `raw` which breaks its rule.
+    """Raise ValueError that names a field of `raw` which fits none of its rules.
 
     Returns the names of the fields that are set and have no rule, in one line.
     """
-    for name, rule in rules.items():
-        value = raw.get(name)
-        if not re.fullmatch(rule, json.dumps(value)):
-            for pattern, words in WORDS.items():
-                rule = rule.replace(pattern, words)
-            raise ValueError(f"{where} {name} is {value!r:.80}; need {rule.replace('|', ' or ')}")
-    unknown = raw.keys() - rules.keys() - set(IDLE)
-    return brief(", ".join(sorted(name for name in unknown if raw[name])))
+    unknown = {name for name in raw if raw[name]} - set(IDLE)
+    for names, allowed in rules.items():
+        for name in names.split():
+            value = raw.get(name)
+            if not any(fits(value, rule) for rule in allowed):
+                need = " or ".join("unset" if rule is None else str(rule) for rule in allowed)
+                need = need.replace("range", "an integer in range")
+                raise ValueError(f"{where} {name} is {value!r:.80}; need {need}")
+            unknown.discard(name)
+    return brief(", ".join(sorted(unknown)))
 
 
 def read_config(folder):
@@ -570,7 +565,7 @@ def read_rope(file, raw):
     """rope_theta and rope_scaling of a config.json, as transformers 4 or 5 writes them."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     llama3 = (rope.get("rope_type") or rope.get("type")) == "llama3"
-    rules = ROPE | dict.fromkeys(LLAMA3, POSITIVE if llama3 else "null")
+    rules = ROPE | {" ".join(LLAMA3): [NUMBER if llama3 else None]}
     if unknown := check(f"{file}: RoPE", rope, rules):
         raise ValueError(f"{file}: RoPE's {unknown} is not supported")
     theta = rope.get("rope_theta") or raw.get("rope_theta")
@@ -639,7 +634,7 @@ def load_adapter(llama, folder):
     if config.get("use_rslora"):  # scale alpha / sqrt(r) instead of alpha / r
         alpha = alpha * math.sqrt(r)
     tensors = read_safetensors(folder / "adapter_model.safetensors").items()
-    # on no device: r takes no memory before it has proved true
+    # on the meta device: nothing is allocated before the file's shapes have confirmed r
     add_lora(llama, r, alpha, dropout, config["target_modules"], device="meta")
     device = llama.embed_tokens.weight.device
     load_strictly(llama, tensors, folder, device, torch.float32)

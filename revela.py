@@ -1,9 +1,8 @@
 """Revela: a retriever that is trained by nothing but language modelling.
 
 A retriever embeds the B passages of a group. A language model predicts the tokens of each passage.
-In every block it reads the other passages, too, and the retriever decides how much of each. To
-predict well it needs the right passages in view. So its next-token loss teaches the retriever what
-is relevant.
+Its blocks read the other passages, too, and the retriever decides how much of each. To predict well
+it needs the right passages in view. So its next-token loss teaches the retriever what is relevant.
 
     1. embed        p_i = unit(retriever("passage: " D_i EOS))
                     q_i = unit(retriever("query: " D_i EOS)), of D_i or of its first half
@@ -17,8 +16,8 @@ is relevant.
     4. loss         next-token cross-entropy of the in-batch stream; both models learn from it, the
                     retriever through w alone
 
-The path from a text to the loss comes first. Then comes `encode_texts`, which is what one wants of
-a trained retriever. Last are other objectives on the same batches, to compare with.
+The objective comes first, then the way from texts to its batches, and `encode_texts`, which is what
+one wants of a trained retriever. Last are other objectives, to compare with.
 
     retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
     vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
@@ -40,6 +39,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+# of data's: `reading` makes one sentence of any failure, `existing` and `new` check a path
 from data import PREFIX, existing, find, new, out_of_memory, read_json, read_safetensors, reading
 from model import SIZE, Llama, check, in_batch_attention_fast, in_batch_plan, load_adapter, rope
 
@@ -50,7 +50,7 @@ class Retriever(nn.Module):
     """A decoder whose hidden states make a text's embedding, a vector of length one.
 
     Pooling "eos", as published, takes the state at the EOS. "mean" takes the mean of all states
-    before it, prefix included, with each coordinate standardised by `mean` and `std` [D]: those of
+    before it, prefix included, and standardises each coordinate by `mean` and `std` [D]: those of
     training passages before the first update. It ranks well before any training.
     """
 
@@ -89,7 +89,7 @@ class Retriever(nn.Module):
 
     def pool(self, ids, mask):
         """ids, mask [N, T] -> one vector of each text [N, D] float32, before standardisation."""
-        hidden = self.llama(ids)  # [N, T, D]
+        hidden = self.llama(ids)  # [N, T, D]; no token sees the padding to its right
         n = mask.sum(-1) - 1  # [N]: tokens before the EOS, which is at position n
         if self.pooling == "eos":
             return hidden[torch.arange(len(n), device=n.device), n].float()
@@ -125,7 +125,7 @@ class Retriever(nn.Module):
 
         given = read_safetensors(file)
         fit = given.keys() == {"mean", "std"} and all(map(fits, given.values()))
-        if not fit or given["std"].float().min() < 1e-30:
+        if not fit or given["std"].float().min() < 1e-30:  # below, 1 / std is not finite
             need = f"floats mean and std [{len(self.mean)}] and nothing else, finite, std above 0"
             raise ValueError(f"{file}: need {need}")
         self.load_state_dict(given, strict=False)
@@ -144,10 +144,14 @@ class Retriever(nn.Module):
 def check_pooling(file, pooling):
     """Raise ValueError if sentence-transformers' `file` asks for another pooling than ours."""
     config = read_json(file) if file.exists() else {}
-    # {"pooling_mode_lasttoken": true} in old files, {"pooling_mode": "lasttoken"} in new ones
-    modes = [f"{k} {v}" for k, v in config.items() if k.startswith("pooling_mode") and v]
-    need = {"eos": "lasttoken", "mean": "mean"}[pooling]
-    if not all(need in mode for mode in modes):
+    modes = []  # {"pooling_mode_lasttoken": true} in old files, {"pooling_mode": "lasttoken"} now
+    for name, value in config.items():
+        if name.startswith("pooling_mode") and value:
+            modes.append(value if name == "pooling_mode" else name)
+    same = ["lasttoken", "pooling_mode_lasttoken"]
+    if pooling == "mean":
+        same = ["mean", "pooling_mode_mean_tokens"]
+    if not all(mode in same for mode in modes):
         raise ValueError(f"{file}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
 
 
@@ -170,7 +174,7 @@ class Revela(nn.Module):
         super().__init__()
         self.retriever, self.lm = retriever, lm
         self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
-        self.streams = {"v_norm": v_norm, "scale": inbatch_scale, "convex": convex, "start": start}
+        self.form = {"v_norm": v_norm, "scale": inbatch_scale, "convex": convex, "start": start}
         self.stats = {}  # of the last forward; tensors without gradient
 
     def forward(self, batch):
@@ -179,7 +183,9 @@ class Revela(nn.Module):
         w = in_batch_weights(q, p, self.attn_temperature)
         loss = self.loss_in_batch(batch, w)
         self.stats = observe(loss, w, p)
-        if self.dual_loss:
+        if (
+            self.dual_loss
+        ):  # the context stream once more, to its end: `two_streams` needs less of it
             context_loss = self.loss_alone(batch)
             self.stats["context_loss"] = context_loss.detach()
             loss = loss + context_loss
@@ -187,7 +193,7 @@ class Revela(nn.Module):
 
     def loss_in_batch(self, batch, w):
         """The next-token loss of passages that read each other by the weights w [G, B, B]."""
-        hidden = two_streams(self.lm, batch["lm_ids"], batch["lm_mask"], w, **self.streams)
+        hidden = two_streams(self.lm, batch["lm_ids"], batch["lm_mask"], w, **self.form)
         return self.cross_entropy(hidden, batch)
 
     def loss_alone(self, batch):
@@ -214,7 +220,7 @@ class Revela(nn.Module):
         Returns {name: scalar tensor}, and the weights [G, B, B].
         """
         w = self.weights(batch)
-        uniform = torch.ones_like(w) / (w.shape[-1] - 1)
+        uniform = torch.ones_like(w) / (w.shape[-1] - 1)  # on the diagonal, too, which is ignored
         losses = {
             "retriever": self.loss_in_batch(batch, w),
             "uniform": self.loss_in_batch(batch, uniform),
@@ -222,10 +228,10 @@ class Revela(nn.Module):
         }
         return losses, w
 
-    def targets(self, batch):
-        """[G, B, T-1] bool: the tokens, from the second on, that are predicted.
+    def is_target(self, batch):
+        """[G, B, T-1] bool: whether the next token is to be predicted.
 
-        Padding is not, nor is a token equal to the pad token inside a text (as published).
+        Padding is not. Nor is, as published, the pad token where the text itself holds it.
         """
         config = self.lm.config
         pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
@@ -233,8 +239,8 @@ class Revela(nn.Module):
         return mask if pad_id is None else mask & (ids != pad_id)
 
     def count(self, batch):
-        """How many targets the loss is the mean of: by it a micro-batch counts in an update."""
-        return self.targets(batch).sum()
+        """The number of terms in the mean loss. `train.update` weighs micro-batches by it."""
+        return self.is_target(batch).sum()
 
     def cross_entropy(self, hidden, batch, max_logits=2**23):
         """Mean next-token loss of hidden [G, B, T, D] at the targets of the batch.
@@ -242,9 +248,9 @@ class Revela(nn.Module):
         All logits would be large (16 x 157 x 128k floats: 1.3 GB). So `max_logits` exist at once,
         and the backward pass computes them again.
         """
-        targets = self.targets(batch)
-        hidden = hidden[..., :-1, :][targets]  # [M, D]
-        ids = batch["lm_ids"][..., 1:][targets]  # [M]
+        is_target = self.is_target(batch)
+        hidden = hidden[..., :-1, :][is_target]  # [M, D]
+        ids = batch["lm_ids"][..., 1:][is_target]  # [M]
 
         def summed(hidden, ids):
             logits = self.lm.logits(hidden).float()
@@ -273,8 +279,8 @@ def in_batch_weights(q, p, tau):
     return (s / tau).masked_fill(itself, -torch.inf).softmax(-1)
 
 
-# A passage whose weight is at most this is not read: a row of 16 loses at most 1.4e-7. Nearly all
-# weights are that small at tau = 1e-4, hardly any at 0.05.
+# Weights of at most this are not read, and lose their gradient, which is as small. At most 14 of a
+# row of 16 are that small: one is itself, one is the largest. At tau 1e-4 most are, at 0.05 few.
 NEGLIGIBLE = 1e-8
 MAX_SCORES = 2**24  # attention scores that exist at once: they fit into a CPU's cache
 
@@ -292,11 +298,12 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     cos, sin = rope(lm.config, T, ids.device)
     itself = torch.eye(B, dtype=torch.bool, device=ids.device)
     weights = weights.masked_fill(itself, 0)  # a caller may leave something there
+    # who reads whom, in parts of at most so many pairs
     max_pairs = MAX_SCORES // (lm.config.num_attention_heads * T * T)
     plan = in_batch_plan(weights, NEGLIGIBLE, max_pairs)
 
     def add_others(own, q, k, v):
-        """own, q [N, H, T, d]: a block's causal attention and queries; k, v: of the context."""
+        """A block calls it. own, q [N, H, T, d]: its attention and queries; k, v: the context's."""
         q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [G, B, H, T, d]
         others = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
         if convex:
@@ -309,7 +316,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
         x, _, _ = block(x, cos, sin)
     context = stream = x
     for block in lm.layers[first:]:
-        last = block is lm.layers[-1]  # nobody reads what its context stream would go on with
+        last = block is lm.layers[-1]  # of its context stream only keys and values are needed
         context, k, v = block(context, cos, sin, kv_only=last)
         stream, _, _ = block(stream, cos, sin, read=partial(add_others, k=k, v=v))
     return lm.norm(stream).unflatten(0, (G, B))
@@ -341,6 +348,8 @@ class Tokenizer:
         folder = find(folder)
         self.file = existing(folder / "tokenizer.json")
         config = read_json(folder / "config.json")
+        check(f"{folder}:", config, {"vocab_size": [SIZE]})
+        self.vocab_size = config["vocab_size"]
         eos = config.get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         file = folder / "tokenizer_config.json"
@@ -353,9 +362,7 @@ class Tokenizer:
             self.eos_id = self.tokenizer.token_to_id(token) if token else eos
             # what it adds before a text, perhaps a BOS; what it adds at the end is left out
             whole = self.tokenizer.encode("a")
-            self.start = whole.ids[: whole.special_tokens_mask.index(0)]
-        self.vocab_size = config.get("vocab_size")
-        check(f"{folder}:", config, {"vocab_size": SIZE})
+            self.bos_ids = whole.ids[: whole.special_tokens_mask.index(0)]
         if type(self.eos_id) is not int or not 0 <= self.eos_id < self.vocab_size:
             need = "tokenizer_config.json needs an eos_token that is in the vocabulary"
             raise ValueError(f"{folder}: no EOS token: {need}")
@@ -368,7 +375,7 @@ class Tokenizer:
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with reading(self.file, "fails at a text"):
             rows = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [(self.start + row.ids)[:max_len] for row in rows]
+        rows = [(self.bos_ids + row.ids)[:max_len] for row in rows]
         most = max((token for row in rows for token in row), default=0)
         if most >= self.vocab_size:
             has = f"but the model's vocab_size is {self.vocab_size}"
@@ -524,7 +531,7 @@ class Contrastive(Revela):
         return loss
 
 
-class Replug(Contrastive):
+class Replug(Revela):
     """REPLUG LSR (Shi et al. 2023, arXiv 2301.12652): retrieve what helps a frozen language model
     that reads it before D_i.
 
@@ -534,8 +541,10 @@ class Replug(Contrastive):
         loss = mean over i of KL(L_i || R_i) = sum over j of L_ij log(L_ij / R_ij)
 
     This is the direction that Revela's authors compare with. `reverse_kl`: KL(R_i || L_i), as the
-    REPLUG paper has it.
+    REPLUG paper has it. Batches are those of Revela.
     """
+
+    count = Contrastive.count
 
     def __init__(self, *args, lm_temperature, reverse_kl=False, **options):
         super().__init__(*args, **options)
@@ -562,15 +571,16 @@ class Replug(Contrastive):
         self.lm.eval()  # no dropout
         G, B, _ = batch["lm_ids"].shape
         likelihoods = torch.zeros(G, B, B, device=batch["lm_ids"].device)
+        rows = zip(batch["lm_ids"].flatten(0, 1), batch["lm_mask"].flatten(0, 1))
+        rows = [ids[mask].tolist() for ids, mask in rows]
         for g, i in itertools.product(range(G), range(B)):
-            rows = zip(batch["lm_ids"][g], batch["lm_mask"][g])
-            texts = [ids[mask].tolist() for ids, mask in rows]
+            texts = rows[g * B : (g + 1) * B]
             others = [j for j in range(B) if j != i]
             ids, mask = pad([texts[j] + texts[i] for j in others], 0)  # [B-1, T]
             m = len(texts[i]) - len(texts[i]) // 2
-            at = mask.sum(1, keepdim=True) - m + torch.arange(m)  # [B-1, m]: the last m tokens
+            at = mask.sum(1, keepdim=True) - m + torch.arange(m)  # [B-1, m]: of the last m tokens
             hidden = self.lm(ids.to(likelihoods.device))  # [B-1, T, D]
-            hidden = hidden[torch.arange(B - 1)[:, None], at - 1]  # [B-1, m, D]: before each
+            hidden = hidden[torch.arange(B - 1)[:, None], at - 1]  # [B-1, m, D]: predict these
             logits = self.lm.logits(hidden).float().transpose(1, 2)  # [B-1, V, m]
             targets = ids.gather(1, at).to(logits.device)
             log_p = -F.cross_entropy(logits, targets, reduction="none")  # [B-1, m]

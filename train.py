@@ -62,13 +62,15 @@ from data import (
     write,
     write_toy_world,
 )  # fmt: skip
+
+# of eval's: `setup` joins the processes, `leave` ends this one
 from eval import dense_run, leave, measure, setup, show, write_encoding
 from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save_adapter, save_model
 from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate
 
 # --------------------------------------------------------------------------------------------------
-# arguments: {flag: (value, help, least, below)}. The values are the published ones, of choices the
-# first; a number is at least 0 if nothing else is said
+# arguments: {flag: (default, help, least, below)}, as `data.flags_given` reads them. The defaults
+# are the published values, of choices the first
 
 FLAGS = {
     "recipe": (
@@ -87,8 +89,11 @@ FLAGS = {
     "objective": (("revela", "replug", "contrastive"), "the others are to compare with"),
     "attn_temperature": (1e-4, "tau of the softmax over similarities", 1e-9),
     "lm_temperature": (0.1, "replug: beta of the softmax over likelihoods", 1e-9),
-    "reverse_kl": (False, "replug: minimise KL(P||Q), as its paper, and not KL(Q||P)"),
-    "pooling": (("eos", "mean"), "a text's vector: state at the EOS, or standardised mean of all"),
+    "reverse_kl": (False, "replug: minimise KL(R||L), as its paper does, and not KL(L||R)"),
+    "pooling": (
+        ("eos", "mean"),
+        "a text's vector: state at the EOS, or standardised mean before it",
+    ),
     "inbatch_scale": (1.0, "factor on what passages read from each other"),
     "inbatch_form": (("sum", "convex"), "convex: a passage's own reading weighs 1 - inbatch_scale"),
     "inbatch_start": (
@@ -134,7 +139,7 @@ FLAGS = {
     "eval_data": ([], "test collections to evaluate on, folders in BEIR layout"),
     "heldout_groups": (
         0,
-        "the last groups of --data, at most half: their loss tells of the weights",
+        "the last groups of --data, at most half: not trained on, their loss is logged",
     ),
 }
 STANDARD_GROUPS = 25  # whose passages give a retriever's mean and deviation
@@ -243,7 +248,7 @@ def shard(revela, device, dtype):
     # a block's keys and values are views, which nobody writes to
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    low = torch.bfloat16 if dtype == torch.bfloat16 else None  # gradients still meet in float32
+    low = torch.bfloat16 if dtype == torch.bfloat16 else None  # gradients: reduced in float32
     policy = MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*revela.retriever.llama.layers, *revela.lm.layers]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -266,7 +271,7 @@ def whole(llama, device, only=""):
     with torch.device("meta"):
         copy = Llama(llama.config, llama.has_head)
         if llama.lora:
-            add_lora(copy, *llama.lora.values())
+            add_lora(copy, *llama.lora.values())  # r, alpha, dropout, targets
     named = [(name, p.detach()) for name, p in llama.named_parameters() if only in name]
     weights = {name: gathered(p).to(device) for name, p in named}
     copy.load_state_dict(weights, strict=False, assign=True)
@@ -295,7 +300,7 @@ def learning_rate(step, args, total):
     return args.learning_rate * (total - step) / (total - args.warmup_steps)
 
 
-def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world):
+def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world_size):
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
     model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns
@@ -307,27 +312,27 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     ddp = model is not revela
     counts = [revela.count(batch) for batch in micro_batches]
     total = sum(counts).to(device)
-    if world > 1:
+    if world_size > 1:
         dist.all_reduce(total)
-    stats = {"tokens": sum(revela.targets(batch).sum() for batch in micro_batches)}
+    stats = {"tokens": sum(revela.is_target(batch).sum() for batch in micro_batches)}
     for i, batch in enumerate(micro_batches):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         share = counts[i].to(device) / total
-        last = i == len(micro_batches) - 1  # gradients meet once per update
+        last = i == len(micro_batches) - 1  # gradients are reduced once per update
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         torch.manual_seed(seeds[i])
         with model.no_sync() if ddp and not last else nullcontext():
             with autocast():
                 loss = model(batch)
-            (loss * share * world).backward()  # DDP and FSDP take the mean over processes
+            (loss * share * world_size).backward()  # DDP and FSDP take the mean over processes
         for name, value in revela.stats.items():
             stats[name] = stats.get(name, 0) + value * share
     norms = []
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         norms.append(gathered(torch.nn.utils.get_total_norm(gradients).to(device)))
-        stats[f"grad_norm_{name}"] = norms[-1] / world  # all processes have the same
+        stats[f"grad_norm_{name}"] = norms[-1] / world_size  # all processes have the same
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not norm.isfinite():  # then on all processes: their gradients have met
         raise FloatingPointError(f"loss {stats['loss'].item()}, norm of gradients {norm.item()}")
@@ -364,12 +369,12 @@ def explained(step, rank, groups):
 # checkpoints
 
 # Arguments that may change when a run is resumed: they change nothing but rounding, and with
-# --groups_per_device the dropout. `identify` has what stands behind those that are names: the
-# content of --data, the configurations of the models, the form of their LoRA.
+# --groups_per_device the dropout. Names of files may change, too: `identify` compares the content
+# of --data, the configurations of the models and the form of their LoRA.
 FREE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
 eval_every eval_data save_steps""".split()
-TRAINED = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
+DCP_OPTIONS = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
 
 
 def save_models(revela, folder, args, rank):
@@ -395,13 +400,13 @@ def save_models(revela, folder, args, rank):
 
 
 def save_checkpoint(folder, step, revela, optimizer, identity, rank):
-    """Write `folder`/step_N: trained weights, optimizer's moments, arguments. Collective.
+    """Write `folder`/step_N: trained weights, `mean` and `std`, moments, arguments. Collective.
 
     It appears whole or not at all, and only then does `folder`/latest name it. Order of the data
     and dropout follow from seed and step: there is nothing else to keep.
     """
     final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    options = dcp.StateDictOptions(cpu_offload=True, **TRAINED)  # on the first process alone
+    options = dcp.StateDictOptions(cpu_offload=True, **DCP_OPTIONS)  # all of it, for rank 0 alone
     weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
     if rank:
         return
@@ -447,8 +452,8 @@ def restore(folder, revela, optimizer, identity):
         if before.get(name) != value:
             was, now = f"{before.get(name)!r:.200}", f"{value!r:.200}"
             raise ValueError(f"cannot resume {start}: {name} was {was} there, now it is {now}")
-    options = dcp.StateDictOptions(**TRAINED)
-    weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
+    options = dcp.StateDictOptions(**DCP_OPTIONS)
+    weights, optim = dcp.get_state_dict(revela, optimizer, options=options)  # to be overwritten
     with reading(start / "state.safetensors", "lacks something of this run"):
         weights = {name: saved[name] for name in weights}
         for name, part in optim["state"].items():
@@ -483,12 +488,12 @@ LINE = """{step:6}/{total}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm_retrie
 class Log:
     """metrics.jsonl, and lines on the screen: means over the updates since the last line."""
 
-    def __init__(self, file, first_step, device, rank, world):
-        self.file, self.device, self.rank, self.world = file, device, rank, world
+    def __init__(self, file, first_step, device, rank, world_size):
+        self.file, self.device, self.rank, self.world_size = file, device, rank, world_size
         self.since, self.sums, self.seconds = first_step, {}, 0.0
         if rank == 0:
             lines = file.read_text().splitlines(keepends=True) if first_step else []
-            # a killed run leaves half a line
+            # what comes after the checkpoint goes, and half a line of a killed run
             lines = [line for line in lines if line.endswith("\n")]
             write(file, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
 
@@ -518,10 +523,10 @@ class Log:
         for name, value in stats.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
-    def write(self, step, total, lr):
+    def line(self, step, total, lr):
         """Record and print the means. Collective."""
         sums = torch.stack([value.to(self.device).float() for value in self.sums.values()])
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(sums)
         updates = step - self.since
         values = {"step": step, "lr": lr} | dict(zip(self.sums, (sums / updates).tolist()))
@@ -529,7 +534,7 @@ class Log:
         values["memory_gb"] = peak_memory(self.device)
         values["eta_s"] = self.seconds / updates * (total - step)
         self.record(values)
-        # a control has no weights: zeros are shown
+        # the control has neither weights nor spread: 0 is shown
         shown = defaultdict(float, values, total=total, minutes=values["eta_s"] / 60)
         self.say(LINE.format_map(shown))
         self.since, self.sums, self.seconds = step, {}, 0.0
@@ -554,17 +559,17 @@ def catch_signals():
     return signals
 
 
-def any_process(signals, device, world):
+def any_process(signals, device, world_size):
     """Whether any process got a signal, so that all stop after the same update. Collective."""
     caught = torch.tensor(float(len(signals)), device=device)
-    if world > 1:
+    if world_size > 1:
         dist.all_reduce(caught)
     return bool(caught)
 
 
-def barrier(world):
+def barrier(world_size):
     """Wait for all processes: one that leaves while another works would end the job for both."""
-    if world > 1:
+    if world_size > 1:
         dist.barrier()
 
 
@@ -572,14 +577,15 @@ def claim(out, resume):
     """Make `out` this run's folder: a new one, or with `resume` that of a run before."""
     out.mkdir(parents=True, exist_ok=True)
     config = out / "config.json"
+    need = "choose another --out, or go on with --resume, if it is a run's"
+    if any(out.iterdir()):
+        # an empty file is of a run that was killed at once
+        ours = config.exists() and (not config.stat().st_size or "recipe" in read_json(config))
+        if not resume or not ours:
+            raise ValueError(f"{out} is not empty: {need}")
     try:
-        if any(out.iterdir()):
-            ours = config.exists() and (not config.stat().st_size or "recipe" in read_json(config))
-            if not (resume and ours):
-                raise FileExistsError
-        config.touch(exist_ok=resume)  # of two runs at once, one fails here
-    except FileExistsError:
-        need = "choose another --out, or go on with --resume, if it is a run's"
+        config.touch(exist_ok=resume)
+    except FileExistsError:  # by another run, a moment ago
         raise ValueError(f"{out} is not empty: {need}") from None
 
 
@@ -597,7 +603,7 @@ def made_by():
     }
 
 
-def make_world(folder, args, rank, world):
+def make_world(folder, args, rank, world_size):
     """Let `args` mean the toy world in `folder`, which the first process makes if need be."""
     if rank == 0 and not folder.exists():
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
@@ -606,17 +612,17 @@ def make_world(folder, args, rank, world):
         llama = Llama(LlamaConfig.from_pretrained(f"{folder}.partial")).init_weights()
         save_model(llama, f"{folder}.partial")
         os.replace(f"{folder}.partial", folder)
-    barrier(world)
+    barrier(world_size)
     args.model, args.data, args.eval_data = str(folder), str(folder / "groups.jsonl"), [str(folder)]
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def prepare(args, device, world):
-    """The objective, itself or in DDP's or FSDP's hands, and its optimizer; both new."""
+def prepare(args, device, world_size):
+    """(model, optimizer), new. The model is the objective, wrapped by DDP or FSDP if need be."""
     dtype, gpu = getattr(torch, args.dtype), device.type == "cuda"
-    fsdp = args.strategy == "fsdp" and world > 1
+    fsdp = args.strategy == "fsdp" and world_size > 1
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
     llama, lm = build_models(args, dtype, where)
@@ -631,7 +637,7 @@ def prepare(args, device, world):
         shard(model, device, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=gpu)
-    if world > 1 and not fsdp:
+    if world_size > 1 and not fsdp:
         model = DistributedDataParallel(model, device_ids=[device] if gpu else None)
     return model, optimizer
 
@@ -686,12 +692,12 @@ def evaluate(revela, collections, heldout, autocast, device):
     return row, runs
 
 
-def train(args, device, rank, world):
+def train(args, device, rank, world_size):
     """Train as `args` say. Returns the exit code."""
     out, gpu = Path(args.out), device.type == "cuda"
     if toy := args.data is None:
-        make_world(out / "world", args, rank, world)
-    model, optimizer = prepare(args, device, world)
+        make_world(out / "world", args, rank, world_size)
+    model, optimizer = prepare(args, device, world_size)
     revela = getattr(model, "module", model)
     autocast = partial(
         torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"
@@ -702,25 +708,26 @@ def train(args, device, rank, world):
     collections = read_collections(args.eval_data)
     n_groups = len(groups) - min(args.heldout_groups, len(groups) // 2)
     accumulation = args.gradient_accumulation_steps
-    accumulation = accumulation or max(1, 32 // (world * args.groups_per_device))
-    per_update = world * accumulation * args.groups_per_device
+    accumulation = accumulation or max(1, 32 // (world_size * args.groups_per_device))
+    per_update = world_size * accumulation * args.groups_per_device
     total = args.max_steps
     if total <= 0:
         total = math.ceil(args.num_train_epochs * n_groups / per_update)
     identity = identify(args, groups, per_update, revela.retriever.llama, revela.lm)
-    standardised = revela.retriever.load_pooling(find(args.retriever_adapter or args.model))
+    # mean and std come with the model, or from a checkpoint, or are measured below
+    given = revela.retriever.load_pooling(find(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = partial(
         group_order, n_groups, args.seed,
-        rank=rank, world=world, accumulation=accumulation, groups=args.groups_per_device,
+        rank=rank, world_size=world_size, accumulation=accumulation, groups=args.groups_per_device,
     )  # fmt: skip
     to_batch = make_collate(args, revela.retriever.tokenizer)
     loader = make_loader(args, groups, order(first=first_step, last=total), to_batch, gpu)
-    log = Log(out / "metrics.jsonl", first_step, device, rank, world)
+    log = Log(out / "metrics.jsonl", first_step, device, rank, world_size)
     if rank == 0:
         write(out / "config.json", json.dumps(vars(args) | {"made_by": made_by()}, indent=1) + "\n")
     log.say(
-        f"recipe {args.recipe}: {total} updates of {world} processes x {accumulation} "
+        f"recipe {args.recipe}: {total} updates of {world_size} processes x {accumulation} "
         f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
         f"{total * per_update / n_groups:.2f} epochs of {n_groups:,} groups; "
         f"{sum(p.numel() for p in revela.parameters() if p.requires_grad):,} trained parameters; "
@@ -741,33 +748,32 @@ def train(args, device, rank, world):
             show(runs["world"], collections["world"])
 
     # -- the loop
-    if first_step == 0 and args.pooling == "mean" and not standardised:
+    if first_step == 0 and args.pooling == "mean" and not given:
         with autocast():
             some = map(batch_of, range(min(STANDARD_GROUPS, n_groups)))
-            whole_retriever(revela.retriever, device).standardise(some)
+            whole_retriever(revela.retriever, device).standardise(some)  # sets them in both
     if first_step == 0:
         report(0)
+    how = optimizer, args.max_grad_norm, autocast, device, world_size
     batches, signals = iter(loader), catch_signals()
-    for step in range(first_step + 1, total + 1):
+    for step in range(first_step + 1, total + 1):  # `learning_rate` and `order` count from 0
         began = time.perf_counter()
         lr = learning_rate(step - 1, args, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
         micro_batches = [next(batches) for _ in range(accumulation)]
-        seeds = [dropout_seed(args.seed, step, i * world + rank) for i in range(accumulation)]
+        seeds = [dropout_seed(args.seed, step, i * world_size + rank) for i in range(accumulation)]
         with explained(step, rank, order(first=step - 1, last=step)):
-            stats = update(
-                model, micro_batches, seeds, optimizer, args.max_grad_norm, autocast, device, world
-            )
+            stats = update(model, micro_batches, seeds, *how)
         log.add(stats, time.perf_counter() - began)
 
         last = step == total
-        stop = any_process(signals, device, world)
+        stop = any_process(signals, device, world_size)
         if every(args.logging_steps, step) or last or stop:
-            log.write(step, total, lr)
+            log.line(step, total, lr)
         if every(args.save_steps, step) or last or stop:
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
-            barrier(world)
+            barrier(world_size)
         if every(args.eval_every, step) or last:
             report(step)
         if stop and not last:
@@ -790,13 +796,13 @@ def dropout_seed(seed, step, position):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, rank, world = setup(args.device)
+    device, rank, world_size = setup(args.device)
     if rank == 0:
         claim(Path(args.out), args.resume)
-    barrier(world)
+    barrier(world_size)
     try:
-        code = train(args, device, rank, world)
-        barrier(world)
+        code = train(args, device, rank, world_size)
+        barrier(world_size)
         return code
     except Exception:
         begun = args.resume or Path(args.out, "metrics.jsonl").exists()

@@ -52,7 +52,7 @@ class Plain(Revela):
             w = in_batch_weights(*vectors, self.attn_temperature)[0]
             _, context = self.run(self.lm, b["lm_ids"])
             hidden, _ = self.run(self.lm, b["lm_ids"], b["lm_mask"], context, w)
-            targets = b["lm_ids"][:, 1:].masked_fill(~self.targets(b), -100).flatten()
+            targets = b["lm_ids"][:, 1:].masked_fill(~self.is_target(b), -100).flatten()
             logits = self.lm.logits(hidden)[:, :-1].flatten(0, 1).float()
             total = total + F.cross_entropy(logits, targets, reduction="sum")
         loss = total / self.count(batch)
@@ -77,18 +77,18 @@ class Plain(Revela):
             kept.append((k, v))
             scores = q @ k.transpose(2, 3) / c.head_dim**0.5  # [B, H, T, T]
             out = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
-            if context and number >= int(self.streams["start"] * len(llama.layers)):
+            if context and number >= int(self.form["start"] * len(llama.layers)):
                 k, v = context[number]
                 scores = torch.einsum("bhtd,chud->bchtu", q, k) / c.head_dim**0.5
                 scores = scores.masked_fill(~mask[None, :, None, None, :], -torch.inf)
                 p = scores.softmax(-1).to(v.dtype)  # [B, B, H, T, T]
                 read = torch.einsum("bchtu,chud->bchtd", p, v)
-                if self.streams["v_norm"]:
+                if self.form["v_norm"]:
                     lengths = torch.einsum("bchtu,chu->bcht", p, v.norm(dim=-1))
                     read = read / (lengths[..., None] + 1e-6)
                 read = torch.einsum("bc,bchtd->bhtd", w.to(read.dtype), read)
-                scale = self.streams["scale"]
-                out = (1 - scale if self.streams["convex"] else 1) * out + scale * read
+                scale = self.form["scale"]
+                out = (1 - scale if self.form["convex"] else 1) * out + scale * read
             x = x + linear(a.o_proj, out.transpose(1, 2).flatten(2).to(x.dtype))
             n = block.post_attention_layernorm(x)
             x = x + linear(m.down_proj, F.silu(linear(m.gate_proj, n)) * linear(m.up_proj, n))
@@ -115,7 +115,7 @@ def build(model, *flags):
             block.compile()
     ours = train.build_objective(args, Retriever(retriever, pooling=args.pooling), lm)
     plain = Plain(ours.retriever, lm, args.attn_temperature)
-    plain.streams = ours.streams
+    plain.form = ours.form
     (G, B), T, batch = (args.groups_per_device, args.train_group_size), args.passage_max_len, {}
     lengths = [T, *torch.randint(T // 2, T + 1, (G * B - 1,)).tolist()]
     for name, share in (("query", 1 + args.first_half), ("passage", 1), ("lm", 1)):

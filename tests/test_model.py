@@ -25,7 +25,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda folder: fo
 def attention(request, monkeypatch):
     """Both ways to compute attention, though on this machine only the first is used."""
     if request.param == "sdpa":
-        monkeypatch.setattr(model, "WRITTEN_OUT", set())
+        monkeypatch.setattr(model, "WRITTEN_OUT", None)
 
 
 # --------------------------------------------------------------------------------------------------

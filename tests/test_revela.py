@@ -164,7 +164,7 @@ def test_the_control_is_the_plain_language_model_and_chunks_of_its_loss_change_n
     retriever, lm, batch = make(tmp_path)
     control, ids = Control(retriever, lm), batch["lm_ids"]
     hidden = lm(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]).detach().requires_grad_()
-    targets = control.targets(batch)
+    targets = control.is_target(batch)
     truth = F.cross_entropy(lm.logits(hidden)[..., :-1, :][targets], ids[..., 1:][targets])
     torch.testing.assert_close(control(batch), truth)
     gradient = torch.autograd.grad(truth, hidden)
