@@ -300,6 +300,11 @@ def learning_rate(step, args, total):
     return args.learning_rate * (total - step) / (total - args.warmup_steps)
 
 
+def on(device, batch):
+    """`batch` on `device`."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world_size):
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
@@ -316,7 +321,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
         dist.all_reduce(total)
     stats = {"tokens": sum(revela.is_target(batch).sum() for batch in micro_batches)}
     for i, batch in enumerate(micro_batches):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        batch = on(device, batch)
         share = counts[i].to(device) / total
         last = i == len(micro_batches) - 1  # gradients are reduced once per update
         if isinstance(model, FSDPModule):
@@ -737,7 +742,7 @@ def train(args, device, rank, world_size):
         log.say(f"--warmup_steps {args.warmup_steps}: the run ends before its learning rate's peak")
 
     def batch_of(i):
-        return {name: tensor.to(device) for name, tensor in to_batch([groups[i]]).items()}
+        return on(device, to_batch([groups[i]]))
 
     heldout = [batch_of(i) for i in range(n_groups, len(groups))]
 

@@ -27,6 +27,7 @@ STYLE = {
 }
 DOTTED = {"linewidth": 1, "linestyle": ":"}
 PANELS = {"ndcg@10": "nDCG@10", "loss": "loss", "max_weight": "mean largest weight"}
+PANELS["gain"] = "held-out gain"  # only where it was logged
 
 
 def read_results(file):
@@ -34,14 +35,24 @@ def read_results(file):
     return {f"{r['system']} on {r['data']}": r["ndcg@10"] for r in results}
 
 
+def read_log(run):
+    file = run / "metrics.jsonl" if run.is_dir() else run
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if losses := row.get("heldout_loss"):
+            row["gain"] = losses["uniform"] - losses["retriever"]
+    return rows
+
+
 def updates(runs, lines):
-    picture = figure.Figure(figsize=(6, 9), layout="tight")
-    panels = picture.subplots(3, sharex=True)
-    for run in map(Path, runs):
-        file = run / "metrics.jsonl" if run.is_dir() else run
+    logs = {run: read_log(run) for run in map(Path, runs)}
+    found = {key for rows in logs.values() for row in rows for key in row}
+    keys = [key for key in PANELS if key in found]
+    picture = figure.Figure(figsize=(6, 3 * len(keys)), layout="tight")
+    panels = picture.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
+    for run, rows in logs.items():
         name = run.name.removesuffix("-metrics.jsonl")
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        for axes, key in zip(panels, PANELS):
+        for axes, key in zip(panels, keys):
             x = [row["step"] for row in rows if key in row]
             y = [row[key] for row in rows if key in row]
             axes.plot(x, y, markersize=4, label=name)
@@ -50,7 +61,7 @@ def updates(runs, lines):
         for label, ndcg in read_results(lines).items():
             panels[0].axhline(ndcg, color="black", label=label, **DOTTED)
     panels[0].legend(frameon=False)
-    panels[2].set_xlabel("updates")
+    panels[-1].set_xlabel("updates")
     return picture
 
 

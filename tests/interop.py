@@ -299,7 +299,8 @@ def test_plots_draw_what_the_files_say(tmp_path, monkeypatch):
     drawn, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda *a, **k: drawn.append(a[0]) or savefig(*a, **k))
     steps = [{"step": n, "loss": 4 - n / 10, "max_weight": n / 20} for n in (10, 20)]
-    rows = [{"step": 0, "ndcg@10": 0.1}, *steps, {"step": 20, "ndcg@10": 0.3}]
+    losses = {"heldout_loss": {"uniform": 3.5, "retriever": 3.25, "alone": 4.0}}
+    rows = [{"step": 0, "ndcg@10": 0.1}, *steps, {"step": 20, "ndcg@10": 0.3} | losses]
     Path("a").mkdir()
     Path("a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("b-metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n')  # --no_inbatch
@@ -308,7 +309,7 @@ def test_plots_draw_what_the_files_say(tmp_path, monkeypatch):
     Path("r.json").write_text(json.dumps({"results": results}))
     plot.main(["updates", "c.svg", "a", "b-metrics.jsonl", "--lines", "r.json"])
     plot.main(["sizes", "s.png", "8=r.json", "16=r.json"])
-    ndcg, loss, weight, sizes = (
+    ndcg, loss, weight, gain, sizes = (
         {line.get_label(): tuple(map(list, line.get_data())) for line in axes.lines}
         for picture in drawn
         for axes in picture.axes
@@ -316,7 +317,7 @@ def test_plots_draw_what_the_files_say(tmp_path, monkeypatch):
     assert ndcg["a"] == ([0, 20], [0.1, 0.3]) and ndcg["b"] == ([], []) and len(ndcg) == 6
     assert ndcg["dense on cisi"][1] == [0.2, 0.2]
     assert loss == {"a": ([10, 20], [3.0, 2.0]), "b": ([10], [3.0])}
-    assert weight == {"a": ([10, 20], [0.5, 1.0]), "b": ([], [])}
+    assert weight == {"a": ([10, 20], [0.5, 1.0]), "b": ([], [])} and gain["a"] == ([20], [0.25])
     assert sizes["cisi"] == ([8, 16], [0.2, 0.2]) and sizes["BM25 on cranfield"][1] == [0.1, 0.1]
     assert "updates" in Path("c.svg").read_text() and Path("s.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
