@@ -179,9 +179,9 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
     """List groups of `size` passages: a run from each of size / run_length similar documents.
 
     A run is `run_length` consecutive passages; what is left of a document is not used. The first
-    document of a group is drawn at random. The others are those most like it that still have a run:
-    by BM25 with all of its words, out of its `nearest`. Documents meet in blocks of `block`, so
-    that the time grows linearly.
+    document of a group is drawn at random. The others are, of its `nearest`, those most like it
+    that still have a run. Alike is what BM25 finds with the whole document as a query. Documents
+    meet in blocks of `block`, so that the time grows linearly.
     """
     from eval import BM25  # here, since eval imports this file
 
@@ -328,7 +328,7 @@ def read_texts(file):
 def read_qrels(file):
     """{qid: {docid: grade}} of lines "qid docid grade", or TREC's "qid 0 docid grade".
 
-    Columns are separated by tabs or spaces. A first line without a digit in its last is a header.
+    Columns are separated by tabs or spaces. A first line whose last has no digit is a header.
     """
     qrels = {}
     for number, line in enumerate(existing(file).read_bytes().splitlines(), 1):
@@ -397,7 +397,7 @@ WORDINGS = {
 
 
 def tell(rng, name, tellings):
-    """Yield passages about a new person `name`: three of her four facts, in changing words."""
+    """Yield passages about `name`: three of four facts, drawn here, in changing words."""
     facts = {what: rng.choice(values) for what, values in FACTS.items()}
     for _ in range(tellings):
         told = rng.sample(sorted(FACTS), 3)

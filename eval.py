@@ -152,11 +152,11 @@ def without_itself(collection, qid, pairs, k):
     """{docid: score} of the first k of `pairs`, without the document that is the query itself.
 
     As in BEIR, that is the document with the query's id. But queries and documents are often both
-    numbered from 1. So it must have the query's text, too, and not be judged relevant.
+    numbered from 1. So it must have the query's text, too, perhaps after a shorter title, and not
+    be judged relevant.
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
-    # the text may begin with a title that is shorter than the query
     same = f" {text}".endswith(f" {query}") and 2 * len(query) > len(text)
     found = dict(pairs)
     if same and qrels[qid].get(qid, 0) <= 0:

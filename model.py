@@ -383,7 +383,7 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 #
 #     C_ij[t] = sum_u b_u (v_ju / n_u),   b = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
 #
-# since b_u = a_u n_u / sum_u a_u n_u: n_u cancels above, and below is the mean length.
+# since b_u = a_u n_u / sum_u a_u n_u: n_u cancels, and the divisor is the mean length + 1e-6.
 # So V-norm costs one bias for each key. Padding is the same bias at minus infinity. Second, w_ij
 # goes into the values, and the sum over j into the matmul that sums over u. Third, a passage whose
 # weight is next to nothing is left out: `in_batch_plan` says who reads whom.
@@ -392,9 +392,9 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 def in_batch_plan(weights, negligible, max_pairs):
     """Who reads whom: a list of (i [b], j [b, n]), where passage i[x] reads the passages j[x].
 
-    Passages of all groups are numbered from 0 to N-1. They are sorted by how many others they read,
-    by weights above `negligible`, and cut into parts of at most `max_pairs` pairs (i, j), or of one
-    i. All i of a part read n passages, as many as the first of them needs.
+    Passages of all groups are numbered from 0 to N-1. Those that read about as many others, by
+    weights above `negligible`, share a part. All i of a part read n passages, the most that any of
+    them needs. A part has at most `max_pairs` pairs (i, j), or one i.
     """
     B = weights.shape[-1]
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
@@ -443,10 +443,10 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
         w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
         values = w[:, None, :, None, None] * passages(v, j)  # [b, H_kv, n, T, d]
         values = values.to(v.dtype).flatten(2, 3)
-        return a.flatten(3) @ values  # [b, H_kv, H/H_kv*T, d]
+        return a.flatten(3) @ values  # over passages and tokens at once: [b, H_kv, H/H_kv*T, d]
 
     parts = [checkpoint(attend, *p, use_reentrant=False, preserve_rng_state=False) for p in plan]
-    order = torch.cat([i for i, _ in plan]).argsort()
+    order = torch.cat([i for i, _ in plan]).argsort()  # back to that of the passages
     return torch.cat(parts).index_select(0, order).view_as(q)
 
 
@@ -454,7 +454,7 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. A folder may come from a stranger: what we do
 # not compute is refused by name, and no file leads out of its folder.
 
-# What a field may be: a list of values, of ranges of integers, and of words with a test.
+# What a field may be: a list of values (None: it may be unset), of ranges, of words with a test.
 NUMBER, SHARE = "a number from 1e-29 to 1e15", "a number from 0 to less than 1"
 OBJECT, IDS = "an object", "a list of token ids"
 FULL, TARGETS = 'a list of "full_attention"', f"a list out of {', '.join(LORA_TARGETS)}"
@@ -501,7 +501,7 @@ ADAPTER = {
     "target_modules": [TARGETS],
     "use_rslora": [None, False, True],
     "bias": [None, "none"],
-    # others change the base
+    # others (pissa, olora ...) change the base's weights
     "init_lora_weights": [None, False, True, "gaussian", "eva", "orthogonal"],
 }
 # Fields of both files that change nothing here.

@@ -10,7 +10,7 @@ it needs the right passages in view. So its next-token loss teaches the retrieve
     3. two streams  of the same language model, each passage at positions 0 to T-1 in both
                     context stream:   the plain causal pass; leaves keys and values K_j, V_j in
                                       every block
-                    in-batch stream:  out_i = own_i + scale * sum over j of w_ij C_ij
+                    in-batch stream:  out_i = own_i + sum over j of w_ij C_ij
                                       own_i: causal attention of D_i to itself
                                       C_ij: attention of D_i to K_j, V_j (`in_batch_attention`)
     4. loss         next-token cross-entropy of the in-batch stream; both models learn from it, the
@@ -57,10 +57,10 @@ class Retriever(nn.Module):
     def __init__(self, llama, tokenizer=None, pooling="eos"):
         super().__init__()
         self.llama, self.tokenizer, self.pooling = llama, tokenizer, pooling
-        zero = torch.zeros(llama.config.hidden_size, device=llama.embed_tokens.weight.device)
-        standardised = pooling == "mean"  # by 0 and 1 until `standardise` or `load_pooling`
-        self.register_buffer("mean", zero if standardised else None)
-        self.register_buffer("std", zero + 1 if standardised else None)
+        if pooling == "mean":  # 0 and 1 until `standardise` or `load_pooling`
+            zero = torch.zeros(llama.config.hidden_size, device=llama.embed_tokens.weight.device)
+            self.register_buffer("mean", zero)
+            self.register_buffer("std", zero + 1)
 
     @classmethod
     def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
@@ -128,7 +128,8 @@ class Retriever(nn.Module):
         if not fit or given["std"].float().min() < 1e-30:  # below, 1 / std is not finite
             need = f"floats mean and std [{len(self.mean)}] and nothing else, finite, std above 0"
             raise ValueError(f"{file}: need {need}")
-        self.load_state_dict(given, strict=False)
+        self.mean.copy_(given["mean"])
+        self.std.copy_(given["std"])
         return True
 
     def save_pooling(self, folder):
@@ -162,7 +163,8 @@ def check_pooling(file, pooling):
 class Revela(nn.Module):
     """The language model's loss on a batch of groups, through which both models learn.
 
-    attn_temperature   tau; 1e-4 in the published recipe
+    attn_temperature   tau; 1e-4 in the published recipe: only passages whose similarity is within
+                       about 1e-3 of the best one's get a weight
     v_norm             see `model.in_batch_attention`
     inbatch_scale      factor on what passages read from each other; 1 as published
     dual_loss          add the context stream's own next-token loss
@@ -183,9 +185,8 @@ class Revela(nn.Module):
         w = in_batch_weights(q, p, self.attn_temperature)
         loss = self.loss_in_batch(batch, w)
         self.stats = observe(loss, w, p)
-        if (
-            self.dual_loss
-        ):  # the context stream once more, to its end: `two_streams` needs less of it
+        if self.dual_loss:
+            # runs the context stream once more, to its end: `two_streams` needs less of it
             context_loss = self.loss_alone(batch)
             self.stats["context_loss"] = context_loss.detach()
             loss = loss + context_loss
@@ -279,8 +280,8 @@ def in_batch_weights(q, p, tau):
     return (s / tau).masked_fill(itself, -torch.inf).softmax(-1)
 
 
-# Weights of at most this are not read, and lose their gradient, which is as small. At most 14 of a
-# row of 16 are that small: one is itself, one is the largest. At tau 1e-4 most are, at 0.05 few.
+# Smaller weights need not be read: their part in the sum and in the gradient is as small. At tau
+# 1e-4 most are that small, at 0.05 few.
 NEGLIGIBLE = 1e-8
 MAX_SCORES = 2**24  # attention scores that exist at once: they fit into a CPU's cache
 
@@ -298,12 +299,12 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     cos, sin = rope(lm.config, T, ids.device)
     itself = torch.eye(B, dtype=torch.bool, device=ids.device)
     weights = weights.masked_fill(itself, 0)  # a caller may leave something there
-    # who reads whom, in parts of at most so many pairs
+    # for speed alone: who reads whom, without what is negligible, in parts that fit into a cache
     max_pairs = MAX_SCORES // (lm.config.num_attention_heads * T * T)
     plan = in_batch_plan(weights, NEGLIGIBLE, max_pairs)
 
     def add_others(own, q, k, v):
-        """A block calls it. own, q [N, H, T, d]: its attention and queries; k, v: the context's."""
+        """A block's `read`: own, q [N, H, T, d] are its own, k, v [N, H_kv, T, d] the context's."""
         q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [G, B, H, T, d]
         others = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
         if convex:
@@ -326,7 +327,9 @@ def observe(loss, w, p):
     """Statistics for the log: of the loss, the weights w and the passages' vectors p."""
     w = w.detach()
     mean = p.detach().flatten(0, 1).mean(0)  # [D]
-    spread = 1 - mean.square().sum()  # 0 if all vectors are one (collapse), 1 if their mean is zero
+    spread = (
+        1 - mean.square().sum()
+    )  # 0 if all vectors are equal (collapse), 1 if their mean is zero
     return {
         "loss": loss.detach(),
         "max_weight": w.amax(-1).mean(),
@@ -499,7 +502,7 @@ def by_length(rows, batch_tokens):
 
 
 # --------------------------------------------------------------------------------------------------
-# to compare with: the same batches, other losses
+# to compare with: other losses on such batches
 
 
 class Control(Revela):
@@ -555,13 +558,13 @@ class Replug(Revela):
         likelihoods = self.likelihoods(batch)  # [G, B, B]
         others = ~torch.eye(p.shape[1], dtype=torch.bool, device=p.device)
 
-        def log_softmax_others(x):  # [G, B, B] -> [G, B, B-1]
+        def log_softmax_others(x):  # [G, B, B] -> [G, B, B-1]; -inf on a diagonal would become NaN
             return x[:, others].unflatten(1, (len(others), -1)).log_softmax(-1)
 
         log_R = log_softmax_others(similarities(q, p) / self.attn_temperature)
         log_L = log_softmax_others(likelihoods / self.lm_temperature)
-        truth, model = (log_R, log_L) if self.reverse_kl else (log_L, log_R)
-        loss = (truth.exp() * (truth - model)).sum(-1).mean()
+        log_a, log_b = (log_R, log_L) if self.reverse_kl else (log_L, log_R)
+        loss = (log_a.exp() * (log_a - log_b)).sum(-1).mean()  # KL(a || b)
         self.stats = observe(loss, log_R.exp(), p)
         return loss
 

@@ -282,7 +282,8 @@ def whole(llama, device, only=""):
 def whole_retriever(retriever, device):
     """A whole `retriever` to run without gradients. It shares `mean` and `std`. Collective."""
     copy = Retriever(whole(retriever.llama, device), retriever.tokenizer, retriever.pooling)
-    copy.mean, copy.std = retriever.mean, retriever.std
+    if retriever.pooling == "mean":
+        copy.mean, copy.std = retriever.mean, retriever.std
     return copy.eval()
 
 
@@ -308,9 +309,9 @@ def on(device, batch):
 def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world_size):
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
-    model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns
-    statistics {name: scalar tensor}, whose sums over the processes are the update's: means, and the
-    gradients' norms before clipping. Raises FloatingPointError if one is not finite, before
+    model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns {name:
+    this process's share}, scalar tensors: summed over processes they are the update's means, and
+    the gradients' norms before clipping. Raises FloatingPointError if one is not finite, before
     anything is changed.
     """
     revela = getattr(model, "module", model)
@@ -337,7 +338,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         norms.append(gathered(torch.nn.utils.get_total_norm(gradients).to(device)))
-        stats[f"grad_norm_{name}"] = norms[-1] / world_size  # all processes have the same
+        stats[f"grad_norm_{name}"] = norms[-1] / world_size  # a share of what all have
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not norm.isfinite():  # then on all processes: their gradients have met
         raise FloatingPointError(f"loss {stats['loss'].item()}, norm of gradients {norm.item()}")
@@ -349,11 +350,11 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
 
 
 ADVICE = """The last checkpoint is intact.
-These flags help and change nothing but rounding:
+These flags help, change nothing but rounding, and go with --resume:
   --activation_checkpointing selective, or full;  --strategy fsdp, with several processes;
-  --groups_per_device smaller, with more --gradient_accumulation_steps (other dropout);
-  --dtype bfloat16 (more rounding).
-These help and change what is computed: --passage_max_len, --train_group_size, --lora_r smaller."""
+  --groups_per_device smaller, with more --gradient_accumulation_steps (other dropout).
+These help in a new run, and change what is computed:
+  --dtype bfloat16;  --passage_max_len, --train_group_size, --lora_r smaller."""
 
 
 @contextmanager
@@ -366,7 +367,7 @@ def explained(step, rank, groups):
         raise ValueError(
             f"update {step}, process {rank}: not finite: {error}. Its groups (of --data, from 0): "
             f"{list(groups)}. Nothing was updated, and the last checkpoint is intact. "
-            "Try a smaller --learning_rate, or --dtype float32"
+            "Try a new run with a smaller --learning_rate, or --dtype float32"
         ) from None
 
 
@@ -756,7 +757,8 @@ def train(args, device, rank, world_size):
     if first_step == 0 and args.pooling == "mean" and not given:
         with autocast():
             some = map(batch_of, range(min(STANDARD_GROUPS, n_groups)))
-            whole_retriever(revela.retriever, device).standardise(some)  # sets them in both
+            # the copy has the same mean and std, so they are set in both
+            whole_retriever(revela.retriever, device).standardise(some)
     if first_step == 0:
         report(0)
     how = optimizer, args.max_grad_norm, autocast, device, world_size
