@@ -10,6 +10,7 @@ from pathlib import Path
 
 RAW = Path(__file__).parent / "results"
 DATA = ["cranfield", "cisi", "cacm"]
+STUDY = "torch-study"
 OLD = ["adi", "cranfield", "cisi"]  # of most studies of the old recipe `small`
 
 
@@ -64,6 +65,15 @@ def interval(differences, resamples=10_000):
     return f"{sum(differences) / n:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+def paired(name, *sides):
+    """The interval of one side minus the other; each is (runs, system), the mean of its runs."""
+    means = []
+    for runs, system in sides:
+        tables = [table[name, system]["per_query"] for table in read(runs)]
+        means.append({q: sum(t[q]["ndcg@10"] for t in tables) / len(tables) for q in tables[0]})
+    return interval([means[0][q] - means[1][q] for q in means[1]])
+
+
 def span(values):
     """Mean (lowest to highest)."""
     return f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})"
@@ -99,27 +109,23 @@ def recipe():
 
 
 def readme():
-    """Of what is reached, what helped to choose nothing."""
-    start, rows = list(recipe())[:2], list(recipe())[3:]
+    """What helped to choose nothing, and the study that everyone can make again."""
+    start, rows, trained = list(recipe())[:2], list(recipe())[3:], "small/torch-own-?"
     yield from [*start, *rows]
+    cells = ["–", cell("small/torch-untrained", "dense", STUDY)]
+    cells.append(span(ndcg(trained, "dense", STUDY)))
+    cells += [cell(f"small/torch-{run}", "bm25", STUDY) for run in ("bm25", "own-0")]
+    yield line("torch's source", *cells, span(ndcg(trained, "fused", STUDY)))
 
 
 def gains():
     """What training, and what the sum with BM25 is worth: paired over queries, mean over seeds."""
     yield from head("| | trained - mean, untrained | trained - BM25 | both - BM25 `--english` |")
-    pairs = [("dense", "small/untrained", "dense"), ("dense", "bm25", "bm25")]
-    pairs += [("fused", "bm25-english", "bm25")]
+    trained, both = ("small/seed-?", "dense"), ("small/seed-?", "fused")
     for name in ("adi", *DATA):
-        cells = []
-        for system, start, other in pairs:
-            before = read(start)[0][name, other]["per_query"]
-            after = [table[name, system]["per_query"] for table in read("small/seed-?")]
-            differences = []
-            for qid, values in before.items():
-                trained = sum(run[qid]["ndcg@10"] for run in after) / len(after)
-                differences.append(trained - values["ndcg@10"])
-            cells.append(interval(differences))
-        yield line(name, *cells)
+        cells = [paired(name, trained, ("small/untrained", "dense"))]
+        cells.append(paired(name, trained, ("bm25", "bm25")))
+        yield line(name, *cells, paired(name, both, ("bm25-english", "bm25")))
 
 
 RUNS = json.loads((RAW / "small/pilots.json").read_text())
@@ -149,7 +155,7 @@ def pilots():
 
 
 def claims():
-    """Of documents alike against random ones, and of the held-out loss against nDCG."""
+    """Of documents alike against random ones, of torch, and of the held-out loss."""
     rows = {row["run"]: row.get("per_query") for row in RUNS if row["update"] == 60}
     for data in ("med", "adi"):
         pairs = [(rows["b-noeos"], rows["f-rand4"]), (rows["b-sim-s1"], rows["b-rand4-s1"])]
@@ -158,6 +164,11 @@ def claims():
         yield f"{data}: alike - random: " + interval(
             [sum(alike[q] - other[q] for alike, other in pairs) / 2 for q in queries]
         )
+    wiki, own = ("small/torch-?", "dense"), ("small/torch-own-?", "dense")
+    yield "torch: on the source - on Wikipedia: " + paired(STUDY, own, wiki)
+    english, both = ("small/torch-own-0", "bm25"), ("small/torch-own-?", "fused")
+    yield "torch: on the source - BM25 --english: " + paired(STUDY, own, english)
+    yield "torch: both - BM25 --english: " + paired(STUDY, both, english)
     trained = [row for row in RUNS if row["update"] >= 30]
     for what in ("gain", "sib_map"):
         found = [correlation([(r[what], r[data]) for r in trained]) for data in ("adi", "med")]
@@ -165,6 +176,19 @@ def claims():
     [loss], [found] = (logged("toy-weights", key) for key in ("heldout_loss", "ndcg@10"))
     pairs = [(loss[step]["uniform"] - loss[step]["retriever"], found[step]) for step in loss]
     yield f"toy world, {len(pairs)} evaluations: {correlation(pairs):.2f}"
+
+
+def torch_source():
+    """Trained on an encyclopedia, and on the collection's own texts: seeds 0 and 1."""
+    yield from head(
+        "| mean, untrained | trained on Wikipedia | trained on the source | BM25 "
+        "| BM25 `--english` | on Wikipedia + the latter | on the source + the latter |"
+    )
+    runs = ["small/torch-?", "small/torch-own-?"]
+    cells = [cell("small/torch-untrained", "dense", STUDY)]
+    cells += [span(ndcg(run, "dense", STUDY)) for run in runs]
+    cells += [cell(f"small/torch-{run}", "bm25", STUDY) for run in ("bm25", "own-0")]
+    yield line(*cells, *(span(ndcg(run, "fused", STUDY)) for run in runs))
 
 
 def wikipedia():
@@ -296,7 +320,7 @@ def sizes():
         yield line(title, str(max(weights)), *across(run, "dense"), both, above)
 
 
-TABLES = [toy, recipe, gains, pilots, wikipedia, objectives, rates, stopwatch]
+TABLES = [toy, recipe, gains, pilots, torch_source, wikipedia, objectives, rates, stopwatch]
 TABLES += [rounding, code, toy_ablations, ablations, sizes]
 
 if __name__ == "__main__":
