@@ -119,12 +119,12 @@ class Retriever(nn.Module):
         if self.pooling != "mean":
             raise ValueError(f"{file}: its retriever pools by --pooling mean, not {self.pooling}")
 
-        def fits(t):
+        def good(t):
             floats = t.is_floating_point() and t.shape == self.mean.shape
             return floats and t.float().isfinite().all()
 
         given = read_safetensors(file)
-        fit = given.keys() == {"mean", "std"} and all(map(fits, given.values()))
+        fit = given.keys() == {"mean", "std"} and all(map(good, given.values()))
         if not fit or given["std"].float().min() < 1e-30:  # below, 1 / std is not finite
             need = f"floats mean and std [{len(self.mean)}] and nothing else, finite, std above 0"
             raise ValueError(f"{file}: need {need}")
