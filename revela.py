@@ -260,7 +260,7 @@ class Revela(nn.Module):
         size = max(1, max_logits // self.lm.config.vocab_size)
         total = 0
         for part in zip(hidden.split(size), ids.split(size)):
-            total += checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False)
+            total = total + checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False)
         return total / max(len(ids), 1)
 
 
@@ -327,9 +327,8 @@ def observe(loss, w, p):
     """Statistics for the log: of the loss, the weights w and the passages' vectors p."""
     w = w.detach()
     mean = p.detach().flatten(0, 1).mean(0)  # [D]
-    spread = (
-        1 - mean.square().sum()
-    )  # 0 if all vectors are equal (collapse), 1 if their mean is zero
+    # 0 if all vectors are equal (collapse), 1 if their mean is zero
+    spread = 1 - mean.square().sum()
     return {
         "loss": loss.detach(),
         "max_weight": w.amax(-1).mean(),
