@@ -10,6 +10,7 @@ from pathlib import Path
 
 RAW = Path(__file__).parent / "results"
 DATA = ["cranfield", "cisi", "cacm"]
+ROWS = [*((name, [name]) for name in ("adi", *DATA)), ("mean of three", DATA)]
 STUDY = "torch-study"
 OLD = ["adi", "cranfield", "cisi"]  # of most studies of the old recipe `small`
 
@@ -100,7 +101,7 @@ def recipe():
         "| | EOS, untrained | mean, untrained | **trained** | BM25 | BM25 `--english` "
         "| trained + the latter |"
     )
-    for title, names in [*((name, [name]) for name in ("adi", *DATA)), ("mean of three", DATA)]:
+    for title, names in ROWS:
         cells = [cell(f"small/{run}", "dense", *names) for run in ("eos", "untrained")]
         cells.append(span(ndcg("small/seed-?", "dense", *names)))
         cells += [cell(run, "bm25", *names) for run in ("bm25", "bm25-english")]
@@ -126,6 +127,49 @@ def gains():
         cells = [paired(name, trained, ("small/untrained", "dense"))]
         cells.append(paired(name, trained, ("bm25", "bm25")))
         yield line(name, *cells, paired(name, both, ("bm25-english", "bm25")))
+
+
+def hour():
+    """The recipe with 800 updates for 100, on the way."""
+    [found], [loss] = (logged("small/hour-0", key) for key in ("per_data", "heldout_loss"))
+    yield from head("| update | adi | med | held-out gain |")
+    for step in found:
+        gain = loss[step]["uniform"] - loss[step]["retriever"]
+        values = (found[step]["adi"], found[step]["med"], gain)
+        yield line(str(step), *(f"{value:.3f}" for value in values))
+
+
+def hour_end():
+    """And at its end, beside the 100 updates of the same seed."""
+    yield from head("| | 100 updates | 800 | 100, with BM25 `--english` | 800, with it |")
+    for title, names in ROWS:
+        pairs = [(run, system) for system in ("dense", "fused") for run in ("seed-0", "hour-0")]
+        yield line(title, *(cell(f"small/{run}", system, *names) for run, system in pairs))
+
+
+def contrastive_pilots():
+    """Chosen by adi and med: texts read up to 96 tokens, 100 updates, seed 0."""
+    yield from head("| negatives | τ | learning rate | adi | med |")
+    runs = ["c-rand-.02", "c-rand-.05", "c-sim-.05", "c-sim-.1", "c-sim-.05-lr2e-4"]
+    for run in [*runs, "c-sim-.1-lr2e-4", "c-sim-.05-lr7e-5"]:
+        config = json.loads((RAW / f"small/{run}-config.json").read_text())
+        kind = "at random" if "rand" in run else "alike"
+        rate = f"{config['learning_rate']:.0e}".replace("e-0", "e-")
+        values = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
+        yield line(kind, str(config["attn_temperature"]), rate, *values)
+    for title, run in (("*mean, untrained*", "untrained"), ("*Revela, seed 0*", "0")):
+        values = [cell(f"small/short-{run}", "dense", name) for name in ("adi", "med")]
+        yield line(title, "", "", *values)
+
+
+def contrastive():
+    """The best of the pilots at full length, beside Revela of the same seed."""
+    yield from head("| seed 0 | mean, untrained | contrastive | Revela | Revela - contrastive |")
+    for title, names in ROWS:
+        runs = ("untrained", "contrastive-0", "seed-0")
+        cells = [cell(f"small/{run}", "dense", *names) for run in runs]
+        sides = [(f"small/{run}", "dense") for run in ("seed-0", "contrastive-0")]
+        yield line(title, *cells, paired(title, *sides) if len(names) == 1 else "")
 
 
 RUNS = json.loads((RAW / "small/pilots.json").read_text())
@@ -320,8 +364,9 @@ def sizes():
         yield line(title, str(max(weights)), *across(run, "dense"), both, above)
 
 
-TABLES = [toy, recipe, gains, pilots, torch_source, wikipedia, objectives, rates, stopwatch]
-TABLES += [rounding, code, toy_ablations, ablations, sizes]
+TABLES = [toy, recipe, gains, hour, hour_end, pilots, contrastive_pilots, contrastive]
+TABLES += [torch_source, wikipedia, objectives, rates, stopwatch, rounding, code]
+TABLES += [toy_ablations, ablations, sizes]
 
 if __name__ == "__main__":
     for table in [*TABLES, claims]:
