@@ -223,7 +223,7 @@ def claims():
 
 
 def torch_source():
-    """Trained on an encyclopedia, and on the collection's own texts: seeds 0 and 1."""
+    """Trained on an encyclopedia, and on the collection's own texts."""
     yield from head(
         "| mean, untrained | trained on Wikipedia | trained on the source | BM25 "
         "| BM25 `--english` | on Wikipedia + the latter | on the source + the latter |"
