@@ -28,6 +28,16 @@ def logged(runs, key):
     return [{row["step"]: row[key] for row in log if key in row} for log in logs]
 
 
+def gain(run):
+    """{update: held-out loss with uniform weights, minus that with the retriever's}."""
+    [losses] = logged(run, "heldout_loss")
+    return {step: loss["uniform"] - loss["retriever"] for step, loss in losses.items()}
+
+
+def config(run):
+    return json.loads((RAW / f"{run}-config.json").read_text())
+
+
 def ndcg(runs, system, *names):
     """nDCG@10, a mean over the data `names`, of each run that has them."""
     tables = [table for table in read(runs) if all((name, system) in table for name in names)]
@@ -111,8 +121,8 @@ def recipe():
 
 def readme():
     """What helped to choose nothing, and the study that everyone can make again."""
-    start, rows, trained = list(recipe())[:2], list(recipe())[3:], "small/torch-own-?"
-    yield from [*start, *rows]
+    lines, trained = list(recipe()), "small/torch-own-?"
+    yield from [*lines[:2], *lines[3:]]
     cells = ["–", cell("small/torch-untrained", "dense", STUDY)]
     cells.append(span(ndcg(trained, "dense", STUDY)))
     cells += [cell(f"small/torch-{run}", "bm25", STUDY) for run in ("bm25", "own-0")]
@@ -131,11 +141,10 @@ def gains():
 
 def hour():
     """The recipe with 800 updates for 100, on the way."""
-    [found], [loss] = (logged("small/hour-0", key) for key in ("per_data", "heldout_loss"))
+    [found], gains = logged("small/hour-0", "per_data"), gain("small/hour-0")
     yield from head("| update | adi | med | held-out gain |")
     for step in found:
-        gain = loss[step]["uniform"] - loss[step]["retriever"]
-        values = (found[step]["adi"], found[step]["med"], gain)
+        values = (found[step]["adi"], found[step]["med"], gains[step])
         yield line(str(step), *(f"{value:.3f}" for value in values))
 
 
@@ -152,14 +161,14 @@ def contrastive_pilots():
     yield from head("| negatives | τ | learning rate | adi | med |")
     runs = ["c-rand-.02", "c-rand-.05", "c-sim-.05", "c-sim-.1", "c-sim-.05-lr2e-4"]
     for run in [*runs, "c-sim-.1-lr2e-4", "c-sim-.05-lr7e-5"]:
-        config = json.loads((RAW / f"small/{run}-config.json").read_text())
+        values = config(f"small/{run}")
         kind = "at random" if "rand" in run else "alike"
-        rate = f"{config['learning_rate']:.0e}".replace("e-0", "e-")
-        values = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
-        yield line(kind, str(config["attn_temperature"]), rate, *values)
+        rate = f"{values['learning_rate']:.0e}".replace("e-0", "e-")
+        cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
+        yield line(kind, str(values["attn_temperature"]), rate, *cells)
     for title, run in (("*mean, untrained*", "untrained"), ("*Revela, seed 0*", "0")):
-        values = [cell(f"small/short-{run}", "dense", name) for name in ("adi", "med")]
-        yield line(title, "", "", *values)
+        cells = [cell(f"small/short-{run}", "dense", name) for name in ("adi", "med")]
+        yield line(title, "", "", *cells)
 
 
 def contrastive():
@@ -217,8 +226,8 @@ def claims():
     for what in ("gain", "sib_map"):
         found = [correlation([(r[what], r[data]) for r in trained]) for data in ("adi", "med")]
         yield f"{what}, {len(trained)} evaluations: adi {found[0]:.2f}, med {found[1]:.2f}"
-    [loss], [found] = (logged("toy-weights", key) for key in ("heldout_loss", "ndcg@10"))
-    pairs = [(loss[step]["uniform"] - loss[step]["retriever"], found[step]) for step in loss]
+    [found], gains = logged("toy-weights", "ndcg@10"), gain("toy-weights")
+    pairs = [(gains[step], found[step]) for step in gains]
     yield f"toy world, {len(pairs)} evaluations: {correlation(pairs):.2f}"
 
 
@@ -288,8 +297,8 @@ def stopwatch():
     )
     for title in ("`revela-now-0`", "`twenty-now-1`", "`twenty-before-1`, older code"):
         run = "objectives/" + title.split("`")[1]
-        config = json.loads((RAW / f"{run}-config.json").read_text())
-        settings = [str(config[key]) for key in ("max_steps", "train_group_size", "seed")]
+        values = config(run)
+        settings = [str(values[key]) for key in ("max_steps", "train_group_size", "seed")]
         took = int((RAW / f"{run}.stopwatch").read_text().split()[4])
         yield line(title, *settings, f"{took:,}", *across(run, "dense")[1:])
 

@@ -446,3 +446,10 @@ def test_what_sentence_transformers_saved_is_read_as_it_is_or_refused(tiny):
         with pytest.raises(ValueError, match="1_Pooling/config.json: .* need last") as caught:
             Retriever.from_pretrained(tiny)
         assert len(str(caught.value)) < 700
+    retriever = Retriever(Llama.from_pretrained(tiny), pooling="mean")
+    retriever.save_pooling(tiny)
+    put("1_Pooling/config.json", pooling_mode_mean_tokens=True)
+    Retriever.from_pretrained(tiny)
+    put("1_Pooling/config.json", pooling_mode_mean_sqrt_len_tokens=True)  # another mean than ours
+    with pytest.raises(ValueError, match="1_Pooling/config.json: .* or mean"):
+        Retriever.from_pretrained(tiny)

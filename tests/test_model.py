@@ -407,3 +407,14 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tiny, tmp_path, field, valu
     edit(tmp_path, "adapter_config.json", **{field: value})
     with pytest.raises(ValueError, match=message):
         load_adapter(Llama.from_pretrained(tiny), tmp_path)
+
+
+def test_an_adapter_that_holds_weights_of_the_base_is_refused(tiny, tmp_path):
+    llama = Llama.from_pretrained(tiny)
+    add_lora(llama, 3, 6)
+    save_adapter(llama, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.embed_tokens.weight"] = torch.zeros(300, 32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="left over .*embed_tokens.weight"):
+        load_adapter(Llama.from_pretrained(tiny), tmp_path)
