@@ -25,7 +25,6 @@ one wants of a trained retriever. Last are other objectives, to compare with.
 Shapes:   G groups   B passages of a group   N = G*B   T tokens   D hidden_size   V vocabulary
 """
 
-import itertools
 import os
 from contextlib import nullcontext
 from functools import partial
@@ -569,22 +568,21 @@ class Replug(Revela):
 
     @torch.no_grad()
     def likelihoods(self, batch):
-        """l_ij [G, B, B] float32, zero on the diagonal."""
+        """l_ij [G, B, B] float32. The diagonal, D_i after itself, is of no use."""
         self.lm.eval()  # no dropout
-        G, B, _ = batch["lm_ids"].shape
-        likelihoods = torch.zeros(G, B, B, device=batch["lm_ids"].device)
-        rows = zip(batch["lm_ids"].flatten(0, 1), batch["lm_mask"].flatten(0, 1))
-        rows = [ids[mask].tolist() for ids, mask in rows]
-        for g, i in itertools.product(range(G), range(B)):
-            texts = rows[g * B : (g + 1) * B]
-            others = [j for j in range(B) if j != i]
-            ids, mask = pad([texts[j] + texts[i] for j in others], 0)  # [B-1, T]
-            m = len(texts[i]) - len(texts[i]) // 2
-            at = mask.sum(1, keepdim=True) - m + torch.arange(m)  # [B-1, m]: of the last m tokens
-            hidden = self.lm(ids.to(likelihoods.device))  # [B-1, T, D]
-            hidden = hidden[torch.arange(B - 1)[:, None], at - 1]  # [B-1, m, D]: predict these
-            logits = self.lm.logits(hidden).float().transpose(1, 2)  # [B-1, V, m]
-            targets = ids.gather(1, at).to(logits.device)
-            log_p = -F.cross_entropy(logits, targets, reduction="none")  # [B-1, m]
-            likelihoods[g, i, others] = log_p.mean(1)
-        return likelihoods
+        rows = []
+        for ids, mask in zip(batch["lm_ids"], batch["lm_mask"]):  # [B, T] of a group
+            texts = [row[real].tolist() for row, real in zip(ids, mask)]
+            rows.append(torch.stack([self.likelihood(text, texts) for text in texts]))
+        return torch.stack(rows)
+
+    def likelihood(self, text, others):
+        """The mean log-likelihood of the second half of `text` after each of B others: [B]."""
+        device = self.lm.embed_tokens.weight.device
+        ids, mask = (x.to(device) for x in pad([other + text for other in others], 0))  # [B, T]
+        m = len(text) - len(text) // 2
+        at = mask.sum(1, keepdim=True) - m + torch.arange(m, device=device)  # [B, m]: the last m
+        hidden = self.lm(ids).take_along_dim(at[..., None] - 1, 1)  # [B, m, D]: predict these
+        logits = self.lm.logits(hidden).float().transpose(1, 2)  # [B, V, m]
+        log_p = -F.cross_entropy(logits, ids.take_along_dim(at, 1), reduction="none")  # [B, m]
+        return log_p.mean(1)
