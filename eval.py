@@ -484,6 +484,12 @@ def setup(device=None):
     return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
+def barrier():
+    """Wait for all processes: one that leaves while another works would end the job for both."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def leave(code=0):
     """End this process without Python's shutdown, in which one of gloo's threads may abort it."""
     sys.stdout.flush()
@@ -578,7 +584,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.vectors:
         Path(args.vectors).mkdir(parents=True, exist_ok=True)
-    device, rank, world_size = setup(args.device)
+    device, rank, _ = setup(args.device)
     if rank > 0:  # helps with the dense runs and leaves the rest to the first process
         for name in ("bm25", "mteb", "export", "out", "interactive"):
             setattr(args, name, None)
@@ -604,8 +610,7 @@ def main(argv=None):
         print(f"{args.export}: a checkpoint for transformers and sentence-transformers")
     if args.interactive:
         interactive(args, retriever, **options)
-    if world_size > 1:
-        dist.barrier()  # a process that leaves while another works would end the job for both
+    barrier()
 
 
 if __name__ == "__main__":

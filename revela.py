@@ -26,7 +26,6 @@ Shapes:   G groups   B passages of a group   N = G*B   T tokens   D hidden_size 
 """
 
 import os
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -468,9 +467,8 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
     else:
         mapped = np.lib.format.open_memmap(f"{new(out)}.partial", "w+", np.float32, shape)
         vectors = torch.from_numpy(mapped)
-    precision = nullcontext()
-    if weight.dtype.itemsize < 4:
-        precision = torch.autocast(device.type, weight.dtype)
+    low = weight.dtype.itemsize < 4
+    precision = torch.autocast(device.type, weight.dtype, enabled=low)
     total, what = sum(map(len, texts)), f"{len(texts):,} {kind} texts"
     bar = tqdm(total=total, desc=what, unit=" characters", disable=not progress)
     was_training = retriever.training

@@ -64,7 +64,7 @@ from data import (
 )  # fmt: skip
 
 # of eval's: `setup` joins the processes, `leave` ends this one
-from eval import dense_run, leave, measure, setup, show, write_encoding
+from eval import barrier, dense_run, leave, measure, setup, show, write_encoding
 from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save_adapter, save_model
 from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate
 
@@ -256,6 +256,13 @@ def shard(revela, device, dtype):
     register_fsdp_forward_method(revela, "diagnose")
 
 
+def summed(t):
+    """`t`, which becomes its sum over all processes. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
 def gathered(t):
     """A tensor of which each process may hold a part, whole. Collective."""
     return t.full_tensor() if isinstance(t, DTensor) else t
@@ -317,9 +324,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     revela = getattr(model, "module", model)
     ddp = model is not revela
     counts = [revela.count(batch) for batch in micro_batches]
-    total = sum(counts).to(device)
-    if world_size > 1:
-        dist.all_reduce(total)
+    total = summed(sum(counts).to(device))
     stats = {"tokens": sum(revela.is_target(batch).sum() for batch in micro_batches)}
     for i, batch in enumerate(micro_batches):
         batch = on(device, batch)
@@ -494,8 +499,8 @@ LINE = """{step:6}/{total}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm_retrie
 class Log:
     """metrics.jsonl, and lines on the screen: means over the updates since the last line."""
 
-    def __init__(self, file, first_step, device, rank, world_size):
-        self.file, self.device, self.rank, self.world_size = file, device, rank, world_size
+    def __init__(self, file, first_step, device, rank):
+        self.file, self.device, self.rank = file, device, rank
         self.since, self.sums, self.seconds = first_step, {}, 0.0
         if rank == 0:
             lines = file.read_text().splitlines(keepends=True) if first_step else []
@@ -531,9 +536,8 @@ class Log:
 
     def line(self, step, total, lr):
         """Record and print the means. Collective."""
-        sums = torch.stack([value.to(self.device).float() for value in self.sums.values()])
-        if self.world_size > 1:
-            dist.all_reduce(sums)
+        sums = [value.to(self.device).float() for value in self.sums.values()]
+        sums = summed(torch.stack(sums))
         updates = step - self.since
         values = {"step": step, "lr": lr} | dict(zip(self.sums, (sums / updates).tolist()))
         values["tokens_per_s"] = values.pop("tokens") * updates / self.seconds
@@ -563,20 +567,6 @@ def catch_signals():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, caught)
     return signals
-
-
-def any_process(signals, device, world_size):
-    """Whether any process got a signal, so that all stop after the same update. Collective."""
-    caught = torch.tensor(float(len(signals)), device=device)
-    if world_size > 1:
-        dist.all_reduce(caught)
-    return bool(caught)
-
-
-def barrier(world_size):
-    """Wait for all processes: one that leaves while another works would end the job for both."""
-    if world_size > 1:
-        dist.barrier()
 
 
 def claim(out, resume):
@@ -609,7 +599,7 @@ def made_by():
     }
 
 
-def make_world(folder, args, rank, world_size):
+def make_world(folder, args, rank):
     """Let `args` mean the toy world in `folder`, which the first process makes if need be."""
     if rank == 0 and not folder.exists():
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
@@ -618,7 +608,7 @@ def make_world(folder, args, rank, world_size):
         llama = Llama(LlamaConfig.from_pretrained(f"{folder}.partial")).init_weights()
         save_model(llama, f"{folder}.partial")
         os.replace(f"{folder}.partial", folder)
-    barrier(world_size)
+    barrier()
     args.model, args.data, args.eval_data = str(folder), str(folder / "groups.jsonl"), [str(folder)]
 
 
@@ -702,7 +692,7 @@ def train(args, device, rank, world_size):
     """Train as `args` say. Returns the exit code."""
     out, gpu = Path(args.out), device.type == "cuda"
     if toy := args.data is None:
-        make_world(out / "world", args, rank, world_size)
+        make_world(out / "world", args, rank)
     model, optimizer = prepare(args, device, world_size)
     revela = getattr(model, "module", model)
     autocast = partial(
@@ -729,7 +719,7 @@ def train(args, device, rank, world_size):
     )  # fmt: skip
     to_batch = make_collate(args, revela.retriever.tokenizer)
     loader = make_loader(args, groups, order(first=first_step, last=total), to_batch, gpu)
-    log = Log(out / "metrics.jsonl", first_step, device, rank, world_size)
+    log = Log(out / "metrics.jsonl", first_step, device, rank)
     if rank == 0:
         write(out / "config.json", json.dumps(vars(args) | {"made_by": made_by()}, indent=1) + "\n")
     log.say(
@@ -775,12 +765,12 @@ def train(args, device, rank, world_size):
         log.add(stats, time.perf_counter() - began)
 
         last = step == total
-        stop = any_process(signals, device, world_size)
+        stop = bool(summed(torch.tensor(len(signals), device=device)))  # if any process is told to
         if every(args.logging_steps, step) or last or stop:
             log.line(step, total, lr)
         if every(args.save_steps, step) or last or stop:
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
-            barrier(world_size)
+            barrier()
         if every(args.eval_every, step) or last:
             report(step)
         if stop and not last:
@@ -806,10 +796,10 @@ def main(argv=None):
     device, rank, world_size = setup(args.device)
     if rank == 0:
         claim(Path(args.out), args.resume)
-    barrier(world_size)
+    barrier()
     try:
         code = train(args, device, rank, world_size)
-        barrier(world_size)
+        barrier()
         return code
     except Exception:
         begun = args.resume or Path(args.out, "metrics.jsonl").exists()
