@@ -205,14 +205,17 @@ ENDING = re.compile(r"(?<=\w{3})(?:ations?|ions?|ings?|ed|ly|ies|es|s|e|y)$")
 
 
 class BM25:
-    """Lucene's BM25 over texts cut into lower-case words; `english`: without stop words, stemmed.
+    """Lucene's BM25 over texts cut into lower-case words.
+
+    english       leave out stop words, and cut endings
+    identifiers   cut names of code into words: snake_case, camelCase
 
     score(q, d) = sum over the words t of q:  idf(t) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|))
     idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
     """
 
-    def __init__(self, texts, english=False, k1=0.9, b=0.4):
-        self.english = english
+    def __init__(self, texts, english=False, identifiers=False, k1=0.9, b=0.4):
+        self.english, self.identifiers = english, identifiers
         lengths = []  # words of each document
         postings = {}  # {word: [document, tf, document, tf, ...]}
         for doc, text in enumerate(texts):
@@ -231,6 +234,8 @@ class BM25:
 
     def words(self, text):
         """The words of `text`, without punctuation. Characters of unspaced scripts are words."""
+        if self.identifiers:
+            text = re.sub("_|(?<=[a-z])(?=[A-Z])", " ", text)
         words = re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+", text.lower())
         if self.english:
             words = [ENDING.sub("", word) for word in words if word not in STOP_WORDS]
@@ -298,7 +303,7 @@ def interactive(args, retriever, progress=False, **encode):
     sources, passages = zip(*read_passages(args.interactive))
     corpus = dict(enumerate(passages))
     if args.bm25:
-        index = BM25(passages, args.english)
+        index = BM25(passages, args.english, args.identifiers)
     if retriever:
         probe = retriever.encode(["a text"], **encode).tolist()  # another model, another vector
         made_from = json.dumps([probe, encode["max_len"], passages]).encode()
@@ -505,6 +510,7 @@ FLAGS = {
     "adapter": (None, "LoRA adapter of the retriever: a PEFT folder"),
     "bm25": (False, "evaluate BM25; with --model too, the sum of both as well"),
     "english": (False, "BM25 leaves out English stop words, and endings: the stronger baseline"),
+    "identifiers": (False, "BM25 cuts snake_case and camelCase into words: stronger on code"),
     "mteb": ([], "tasks for mteb to evaluate, which must be installed"),
     "export": (None, "folder to write for transformers and sentence-transformers"),
     "interactive": (
@@ -550,7 +556,7 @@ def systems(args, retriever, options, collection, out):
         dense = dense_run(retriever, collection, args.top_k, out, **options)
         yield "dense", dense
     if args.bm25:
-        index = BM25(collection[0].values(), args.english)
+        index = BM25(collection[0].values(), args.english, args.identifiers)
         bm25 = bm25_run(collection, args.top_k, index)
         yield "bm25", bm25
     if retriever and args.bm25:

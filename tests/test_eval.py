@@ -91,6 +91,18 @@ def test_bm25_in_english_has_no_stop_words_and_no_endings(tmp_path):
         assert json.loads(out.read_text())["results"][0]["ndcg@10"] == found
 
 
+def test_bm25_cuts_the_names_of_code(tmp_path):
+    text = "def load_StateDict(HTTPError, x2): __init__"
+    names = ["load", "state", "dict", "httperror", "x2", "init"]
+    assert BM25(["x"], identifiers=True).words(text) == ["def", *names]
+    assert "load_statedict" in BM25(["x"]).words(text)
+    write_beir(tmp_path, corpus='{"_id": "d", "text": "myQueries"}\n{"_id": "e", "text": "y"}\n')
+    for flags, found in (([], 0.0), (["--identifiers"], 1.0)):
+        out = tmp_path / f"{found}.json"
+        main(["--bm25", "--english", *flags, "--data", str(tmp_path), "--out", str(out)])
+        assert json.loads(out.read_text())["results"][0]["ndcg@10"] == found
+
+
 @pytest.mark.parametrize(
     "words", ["我喜欢猫 狗睡了 猫", "猫が好き 犬は寝た 猫", "ฉันรักแมว หมานอน แมว"]
 )
