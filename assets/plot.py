@@ -1,7 +1,6 @@
 """Draw every picture of the README and of RESULTS.md. Needs matplotlib: pip install matplotlib
 
-python assets/plot.py updates curves.svg runs/smol-0 runs/smol-1 --lines bm25.json
-python assets/plot.py sizes sizes.svg 8=size-8.json 16=size-16.json 32=size-32.json
+python assets/plot.py updates curves.svg runs/smol-0 runs/smol-1
 python assets/plot.py weights weights.svg runs/small-0 --at 0 20 60 100
 """
 
@@ -25,14 +24,8 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "0",  # the same numbers make the same file
 }
-DOTTED = {"linewidth": 1, "linestyle": ":"}
 PANELS = {"ndcg@10": "nDCG@10", "loss": "loss", "max_weight": "mean largest weight"}
 PANELS["gain"] = "held-out gain"  # only where it was logged
-
-
-def read_results(file):
-    results = json.loads(Path(file).read_text())["results"]
-    return {f"{r['system']} on {r['data']}": r["ndcg@10"] for r in results}
 
 
 def read_log(run):
@@ -44,7 +37,7 @@ def read_log(run):
     return rows
 
 
-def updates(runs, lines):
+def updates(runs):
     logs = {run: read_log(run) for run in map(Path, runs)}
     found = {key for rows in logs.values() for row in rows for key in row}
     keys = [key for key in PANELS if key in found]
@@ -57,9 +50,6 @@ def updates(runs, lines):
             y = [row[key] for row in rows if key in row]
             axes.plot(x, y, markersize=4, label=name)
             axes.set_ylabel(PANELS[key])
-    if lines:
-        for label, ndcg in read_results(lines).items():
-            panels[0].axhline(ndcg, color="black", label=label, **DOTTED)
     panels[0].legend(frameon=False)
     panels[-1].set_xlabel("updates")
     return picture
@@ -88,41 +78,18 @@ def weights(run, at):
     return picture
 
 
-def sizes(pairs):
-    picture = figure.Figure(figsize=(6, 4), layout="tight")
-    axes = picture.subplots()
-    files = dict(pair.split("=") for pair in pairs)
-    ticks = [int(size) for size in files]
-    tables = [read_results(file) for file in files.values()]
-    for data, color in zip(("cranfield", "cisi"), COLORS):
-        dense = [table[f"dense on {data}"] for table in tables]
-        bm25 = tables[0][f"bm25 on {data}"]
-        axes.plot(ticks, dense, color=color, label=data)
-        axes.axhline(bm25, color=color, label=f"BM25 on {data}", **DOTTED)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, ticks)
-    axes.set(xlabel="passages in a group", ylabel="nDCG@10", ylim=0)
-    axes.legend(frameon=False, ncols=2, fontsize=11, loc="lower right")
-    return picture
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw training runs, or results by group size.")
+    parser = argparse.ArgumentParser(description="Draw training runs.")
     add = parser.add_argument
-    add("kind", choices=("updates", "sizes", "weights"))
+    add("kind", choices=("updates", "weights"))
     add("out", help="picture to write (.svg, .png); must not exist")
-    add("runs", nargs="+", help="run folders or metrics.jsonl files; sizes: SIZE=results.json")
+    add("runs", nargs="+", help="run folders or metrics.jsonl files")
     add("--at", type=int, nargs="+", default=[0, 20, 60, 100], help="weights: which updates")
-    add("--lines", help="updates: results.json of eval.py; each result is a dotted line")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         parser.error(f"{args.out} exists already; remove it or choose another name")
     rcParams.update(STYLE)
-    picture = {
-        "sizes": lambda: sizes(args.runs),
-        "updates": lambda: updates(args.runs, args.lines),
-        "weights": lambda: weights(args.runs[0], args.at),
-    }[args.kind]()
+    picture = updates(args.runs) if args.kind == "updates" else weights(args.runs[0], args.at)
     picture.savefig(args.out, metadata={"Date": None})
 
 

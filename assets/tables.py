@@ -61,13 +61,6 @@ def head(columns):
     yield "| --- " * (columns.count("|") - 1) + "|"
 
 
-def seconds(runs, until):
-    """Of training. The log has means since its last row, of tokens an update and a second."""
-    logs = zip(logged(runs, "tokens"), logged(runs, "tokens_per_s"))
-    took = [sum(min(t) * t[i] / speed[i] for i in t if i <= until) for t, speed in logs]
-    return ", ".join(f"{x:.0f}" for x in took) or "–"
-
-
 def interval(differences, resamples=10_000):
     """Mean, and its 95 % interval by resampling the queries (a bootstrap; seed 0)."""
     rng, n = random.Random(0), len(differences)
@@ -121,12 +114,44 @@ def recipe():
 
 def readme():
     """What helped to choose nothing, and the study that everyone can make again."""
-    lines, trained = list(recipe()), "small/torch-own-?"
-    yield from [*lines[:2], *lines[3:]]
-    cells = ["–", cell("small/torch-untrained", "dense", STUDY)]
-    cells.append(span(ndcg(trained, "dense", STUDY)))
-    cells += [cell(f"small/torch-{run}", "bm25", STUDY) for run in ("bm25", "own-0")]
-    yield line("torch's source", *cells, span(ndcg(trained, "fused", STUDY)))
+    yield from head(
+        "| | EOS, untrained | mean, untrained | **trained on Wikipedia** | **on its own texts** "
+        "| BM25 | BM25 `--english` | its own texts + the latter |"
+    )
+    for title, names in ROWS[1:]:
+        cells = [cell(f"small/{run}", "dense", *names) for run in ("eos", "untrained")]
+        cells.append(span(ndcg("small/seed-?", "dense", *names)))
+        cells.append(span(own("dense", *names)))
+        cells += [cell(run, "bm25", *names) for run in ("bm25", "bm25-english")]
+        yield line(title, *cells, span(own("fused", *names)))
+    trained = [span(ndcg(f"small/torch-{run}", "dense", STUDY)) for run in ("?", "own-?")]
+    bm25 = [cell(f"small/torch-{run}", "bm25", STUDY) for run in ("bm25", "own-0")]
+    both = span(ndcg("small/torch-own-?", "fused", STUDY))
+    untrained = cell("small/torch-untrained", "dense", STUDY)
+    yield line("torch's source", "–", untrained, *trained, *bm25, both)
+
+
+def own(system, *names):
+    """nDCG@10 of each seed, a mean over `names`, after training on each one's own documents."""
+    each = [ndcg(f"small/own-{name}-?", system, name) for name in names]
+    return [sum(values) / len(values) for values in zip(*each)]
+
+
+def own_texts():
+    """Trained on an encyclopedia, and on the collection's own documents."""
+    yield from head(
+        "| | mean, untrained | on Wikipedia | on its own texts | own texts - Wikipedia "
+        "| own texts - BM25 `--english` | both - BM25 `--english` |"
+    )
+    for title, names in ROWS[1:]:
+        cells = [cell("small/untrained", "dense", *names)]
+        cells += [span(ndcg("small/seed-?", "dense", *names)), span(own("dense", *names))]
+        if len(names) > 1:
+            yield line(title, *cells, "", "", "")
+            continue
+        runs, english = f"small/own-{title}-?", ("bm25-english", "bm25")
+        cells.append(paired(title, (runs, "dense"), ("small/seed-?", "dense")))
+        yield line(title, *cells, *(paired(title, (runs, x), english) for x in ("dense", "fused")))
 
 
 def gains():
@@ -217,15 +242,15 @@ def claims():
         yield f"{data}: alike - random: " + interval(
             [sum(alike[q] - other[q] for alike, other in pairs) / 2 for q in queries]
         )
-    wiki, own = ("small/torch-?", "dense"), ("small/torch-own-?", "dense")
-    yield "torch: on the source - on Wikipedia: " + paired(STUDY, own, wiki)
-    english, both = ("small/torch-own-0", "bm25"), ("small/torch-own-?", "fused")
-    yield "torch: on the source - BM25 --english: " + paired(STUDY, own, english)
-    yield "torch: both - BM25 --english: " + paired(STUDY, both, english)
-    trained = [row for row in RUNS if row["update"] >= 30]
+    wiki, trained = ("small/torch-?", "dense"), ("small/torch-own-?", "dense")
+    yield "torch: on the source - on Wikipedia: " + paired(STUDY, trained, wiki)
+    strong, both = ("small/torch-own-0", "bm25"), ("small/torch-own-?", "fused")
+    yield "torch: on the source - BM25 --english --identifiers: " + paired(STUDY, trained, strong)
+    yield "torch: both - BM25 --english --identifiers: " + paired(STUDY, both, strong)
+    late = [row for row in RUNS if row["update"] >= 30]
     for what in ("gain", "sib_map"):
-        found = [correlation([(r[what], r[data]) for r in trained]) for data in ("adi", "med")]
-        yield f"{what}, {len(trained)} evaluations: adi {found[0]:.2f}, med {found[1]:.2f}"
+        found = [correlation([(r[what], r[data]) for r in late]) for data in ("adi", "med")]
+        yield f"{what}, {len(late)} evaluations: adi {found[0]:.2f}, med {found[1]:.2f}"
     [found], gains = logged("toy-weights", "ndcg@10"), gain("toy-weights")
     pairs = [(gains[step], found[step]) for step in gains]
     yield f"toy world, {len(pairs)} evaluations: {correlation(pairs):.2f}"
@@ -235,72 +260,12 @@ def torch_source():
     """Trained on an encyclopedia, and on the collection's own texts."""
     yield from head(
         "| mean, untrained | trained on Wikipedia | trained on the source | BM25 "
-        "| BM25 `--english` | on Wikipedia + the latter | on the source + the latter |"
+        "| BM25 `--english` | BM25 `--english --identifiers` | on the source + the latter |"
     )
-    runs = ["small/torch-?", "small/torch-own-?"]
     cells = [cell("small/torch-untrained", "dense", STUDY)]
-    cells += [span(ndcg(run, "dense", STUDY)) for run in runs]
-    cells += [cell(f"small/torch-{run}", "bm25", STUDY) for run in ("bm25", "own-0")]
-    yield line(*cells, *(span(ndcg(run, "fused", STUDY)) for run in runs))
-
-
-def wikipedia():
-    """100 updates. The collection of code has its own files."""
-    yield from head(
-        "| nDCG@10 | before | dense, seeds 0, 1 | BM25 | dense + BM25, seeds 0, 1 "
-        "| groups of 16: dense, seeds 0, 1 |"
-    )
-    for name in ("adi", "med", *DATA, "cosqa"):
-        run = "smol-seed?-code" if name == "cosqa" else "smol-seed?"
-        cells = [cell("smol-before", "dense", name), cell(run, "dense", name)]
-        cells += [cell(run.replace("?", "0"), "bm25", name), cell(run, "fused", name)]
-        title = "med (chosen by)" if name == "med" else name
-        yield line(title, *cells, cell("smol16-seed?", "dense", name))
-
-
-def objectives():
-    """Revela beside two others, and those for about as long as Revela. BM25 has no sum, no log."""
-    yield from head(
-        "| nDCG@10, seeds 0, 1 | adi | cranfield | cisi | mean | mean with BM25 | s of training |"
-    )
-    late = "*about as long as Revela:* REPLUG, seed 1 after 40 of 60 updates"
-    for title, run in {
-        "before": "smol-before",
-        "contrastive": "objectives/contrastive-?",
-        "REPLUG": "objectives/replug-?",
-        "Revela": "objectives/revela-?",
-        "BM25": "objectives/revela-0",
-        late: "objectives/replug-1-step40",
-        "contrastive, seed 1, 200 updates": "objectives/contrastive-long-1",
-    }.items():
-        system, both, log = ("bm25", "", "") if title == "BM25" else ("dense", "fused", run)
-        means = [ndcg(run, what, *OLD) for what in (system, both)]
-        means = [f"{sum(x) / len(x):.3f}" if x else "–" for x in means]
-        means = [f"**{mean}**" if title == "Revela" else mean for mean in means]
-        log, _, step = log.partition("-step")
-        yield line(title, *across(run, system), *means, seconds(log, until=int(step or 200)))
-
-
-def rates():
-    """Learning rates, seed 1."""
-    yield from head("| nDCG@10 on med | 3e-4 | 6e-4 | 1.2e-3 |")
-    for title in ("contrastive", "REPLUG", "Revela"):
-        runs = [f"objectives/{title.lower()}-1-lr{x}-med" for x in ("3e-4", "6e-4", "1.2e-3")]
-        yield line(title, *(cell(run, "dense", "med") for run in runs))
-
-
-def stopwatch():
-    """Time from raw text."""
-    yield from head(
-        "| run | updates | passages in a group | seed | s from raw text to retriever "
-        "| cranfield | cisi |"
-    )
-    for title in ("`revela-now-0`", "`twenty-now-1`", "`twenty-before-1`, older code"):
-        run = "objectives/" + title.split("`")[1]
-        values = config(run)
-        settings = [str(values[key]) for key in ("max_steps", "train_group_size", "seed")]
-        took = int((RAW / f"{run}.stopwatch").read_text().split()[4])
-        yield line(title, *settings, f"{took:,}", *across(run, "dense")[1:])
+    cells += [span(ndcg(f"small/torch-{run}", "dense", STUDY)) for run in ("?", "own-?")]
+    cells += [cell(f"small/torch-{run}", "bm25", STUDY) for run in ("bm25", "english", "own-0")]
+    yield line(*cells, span(ndcg("small/torch-own-?", "fused", STUDY)))
 
 
 def rounding():
@@ -308,24 +273,11 @@ def rounding():
         "| residual stream | adi | cranfield | cisi | with BM25: adi, cranfield, cisi |"
     )
     for title, run in {
-        "bfloat16, commit fa9258b (`revela-now-0`)": "objectives/revela-now-0",
+        "bfloat16, commit fa9258b (`revela-now-0`)": "rounding/revela-now-0",
         "bfloat16, commit 8211965 (`residual-bf16`)": "rounding/residual-bf16",
         "float32, today's (`residual-float32`)": "rounding/residual-float32",
     }.items():
         yield line(title, *across(run, "dense"), ", ".join(across(run, "fused")))
-
-
-def code():
-    yield from head(
-        "| nDCG@10 | trained on code, seeds 0, 1 | on documentation, seed 0 "
-        "| on Wikipedia, 100 updates of 32 | BM25 | BM25, identifiers split "
-        "| trained on code + BM25 | on documentation + BM25 |"
-    )
-    runs = ["code/code-?", "code/docs-0-cosqa", "smol-seed?-code"]
-    columns = [(run, "dense") for run in runs] + [("code/code-0", "bm25")]
-    columns += [("code/split-bm25", "bm25"), *((run, "fused") for run in runs[:2])]
-    for name in ("cosqa", "pydoc"):
-        yield line(name, *(cell(run, system, name) for run, system in columns))
 
 
 def toy_ablations():
@@ -343,39 +295,8 @@ def toy_ablations():
         yield line(title, *(f"{values[500]:.4f}" for values in found))
 
 
-def ablations():
-    """One thing changed, real text: after 60 updates."""
-    yield from head("| nDCG@10 | adi | cranfield | mean largest weight |")
-    for title, run in {
-        "none (`revela-now-0`)": "objectives/revela-now-0",
-        "`--v_norm`, as published": "ablations/vnorm",
-        "`--no-first_half`: the query is the whole passage": "ablations/whole",
-        "`--attn_temperature 1e-4`, the published one": "ablations/tau",
-        "`--freeze_lm` (SmolLM2, which knows English)": "ablations/freeze",
-        "`--lora_r 8 --lora_alpha 16`": "ablations/r8",
-        "groups of a passage and its nearest by BM25": "ablations/bm25",
-    }.items():
-        [weights] = logged(run, "max_weight")
-        yield line(title, *across(run, "dense")[:2], f"{weights[60]:.2f}")
-
-
-def sizes():
-    """Of groups, for as many passages."""
-    yield from head(
-        "| passages in a group | updates | adi | cranfield | cisi | with BM25: cranfield, cisi "
-        "| largest weight above 0.5 by update |"
-    )
-    for title in ("8", "16", "32 (`twenty-now-1`)", "64"):
-        run = "objectives/twenty-now-1" if "twenty" in title else f"sizes/size-{title}"
-        [weights] = logged(run, "max_weight")
-        above = str(min(step for step in weights if weights[step] > 0.5))
-        both = ", ".join(across(run, "fused")[1:])
-        yield line(title, str(max(weights)), *across(run, "dense"), both, above)
-
-
 TABLES = [toy, recipe, gains, hour, hour_end, pilots, contrastive_pilots, contrastive]
-TABLES += [torch_source, wikipedia, objectives, rates, stopwatch, rounding, code]
-TABLES += [toy_ablations, ablations, sizes]
+TABLES += [own_texts, torch_source, rounding, toy_ablations]
 
 if __name__ == "__main__":
     for table in [*TABLES, claims]:

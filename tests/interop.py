@@ -304,22 +304,16 @@ def test_plots_draw_what_the_files_say(tmp_path, monkeypatch):
     Path("a").mkdir()
     Path("a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("b-metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n')  # --no_inbatch
-    pairs = [(system, data) for system in ("bm25", "dense") for data in ("cisi", "cranfield")]
-    results = [{"system": s, "data": d, "ndcg@10": i / 10} for i, (s, d) in enumerate(pairs)]
-    Path("r.json").write_text(json.dumps({"results": results}))
-    plot.main(["updates", "c.svg", "a", "b-metrics.jsonl", "--lines", "r.json"])
-    plot.main(["sizes", "s.png", "8=r.json", "16=r.json"])
-    ndcg, loss, weight, gain, sizes = (
+    plot.main(["updates", "c.svg", "a", "b-metrics.jsonl"])
+    ndcg, loss, weight, gain = (
         {line.get_label(): tuple(map(list, line.get_data())) for line in axes.lines}
         for picture in drawn
         for axes in picture.axes
     )
-    assert ndcg["a"] == ([0, 20], [0.1, 0.3]) and ndcg["b"] == ([], []) and len(ndcg) == 6
-    assert ndcg["dense on cisi"][1] == [0.2, 0.2]
+    assert ndcg["a"] == ([0, 20], [0.1, 0.3]) and ndcg["b"] == ([], []) and len(ndcg) == 2
     assert loss == {"a": ([10, 20], [3.0, 2.0]), "b": ([10], [3.0])}
     assert weight == {"a": ([10, 20], [0.5, 1.0]), "b": ([], [])} and gain["a"] == ([20], [0.25])
-    assert sizes["cisi"] == ([8, 16], [0.2, 0.2]) and sizes["BM25 on cranfield"][1] == [0.1, 0.1]
-    assert "updates" in Path("c.svg").read_text() and Path("s.png").read_bytes()[:4] == b"\x89PNG"
+    assert "updates" in Path("c.svg").read_text()
     with pytest.raises(SystemExit):
         plot.main(["updates", "c.svg", "a"])  # it exists
 

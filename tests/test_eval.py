@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import TEXTS, command, edit, make_model, save_retriever, with_lora
+from conftest import ROOT, TEXTS, command, edit, make_model, save_retriever, with_lora
 from safetensors.torch import load_file
 from test_data import write_beir
 
 import eval
 from data import read_passages
 from eval import BM25, bm25_run, dense_run, fuse, main, measure, mrr, ndcg, read_max_len, recall
-from model import Llama, save_adapter, save_model
-from revela import Retriever
+from model import Llama, merge_lora, save_adapter, save_model
+from revela import POOLING, Retriever
 
 # --------------------------------------------------------------------------------------------------
 # measures, search, runs
@@ -465,3 +465,30 @@ def test_what_sentence_transformers_saved_is_read_as_it_is_or_refused(tiny):
     put("1_Pooling/config.json", pooling_mode_mean_sqrt_len_tokens=True)  # another mean than ours
     with pytest.raises(ValueError, match="1_Pooling/config.json: .* or mean"):
         Retriever.from_pretrained(tiny)
+
+
+def test_the_average_of_retrievers_is_that_of_their_weights(tiny, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "assets")
+    import average
+
+    for pooling in ("eos", "mean"):
+        folders = [tmp_path / f"{pooling}{i}" for i in range(3)]
+        for folder in folders:
+            save_retriever(tiny, folder, pooling)
+        out = tmp_path / pooling
+        average.main([out, *folders])
+        states = []
+        for adapter in (out, *folders):
+            retriever = Retriever.from_pretrained(tiny, adapter)
+            merge_lora(retriever.llama)
+            states.append(retriever.state_dict())
+        for name, found in states[0].items():
+            expected = sum(state[name] for state in states[1:]) / 3
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert (out / POOLING).exists() == (pooling == "mean")
+    for folders, said in (([out, folders[0]], "two"), ([out, *folders], "exists already")):
+        with pytest.raises(ValueError, match=said):
+            average.main(folders)
+    edit(folders[1], "adapter_config.json", lora_alpha=1)
+    with pytest.raises(ValueError, match="differ"):
+        average.main([tmp_path / "other", *folders])

@@ -32,7 +32,7 @@ def commands(text):
             if script and set(word) <= set(";|&<>"):
                 yield script, args
                 script, args = None, []
-            elif script and word != "$OLD":  # flags that RESULTS.md writes once
+            elif script:
                 args.append(word)
             elif word.split("/")[-1] in [f"{name}.py" for name in SCRIPTS]:
                 script = word.split("/")[-1].removesuffix(".py")
