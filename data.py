@@ -10,6 +10,7 @@ Further down: test collections, the toy world, and the readers of files that may
 """
 
 import argparse
+import ctypes
 import gzip
 import json
 import os
@@ -19,12 +20,14 @@ import sys
 import zlib
 from array import array
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 PREFIX = {"query": "query: ", "passage": "passage: "}  # what the retriever reads before a text
@@ -79,14 +82,13 @@ class Groups(torch.utils.data.Dataset):
             return parse_group(lines.readline(), f"{self.file}: group {i}", self.size)
 
 
-def group_order(n, seed, first, last, rank=0, world_size=1, accumulation=1, groups=1):
-    """Yield the groups, of n, that this rank reads: a list for each micro-batch.
+def group_order(n, seed, first, last, rank=0, world_size=1, accumulation=1, batch_size=1):
+    """Yield the numbers of this rank's groups, below n: a list of `batch_size` a micro-batch.
 
-    It is for the micro-batches of updates `first` to `last` - 1, of `groups` groups each.
-
-    Each epoch is a permutation that depends on (seed, epoch) alone. An update takes the next
-    world_size * accumulation * groups of it. So a run can be resumed, and what an update reads does
-    not depend on how that product is split.
+    It is for the micro-batches of updates `first` to `last` - 1. Each epoch is a permutation that
+    depends on (seed, epoch) alone. An update takes the next world_size * accumulation * batch_size
+    of it. So a run can be resumed, and what an update reads does not depend on how that product is
+    split.
     """
 
     @lru_cache(1)
@@ -94,8 +96,8 @@ def group_order(n, seed, first, last, rank=0, world_size=1, accumulation=1, grou
         return np.random.default_rng([seed, epoch]).permutation(n)
 
     for micro in range(first * accumulation, last * accumulation):
-        start = (micro * world_size + rank) * groups
-        yield [int(order(i // n)[i % n]) for i in range(start, start + groups)]
+        start = (micro * world_size + rank) * batch_size
+        yield [int(order(i // n)[i % n]) for i in range(start, start + batch_size)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 # Where a text may be cut, from the best place to the last resort.
 CUTS = [
-    # after . ! ? unless a small letter follows; at an empty line; after their Chinese forms
+    # after . ! ? unless a small letter follows; at an empty line; after 。 ！ ？
     re.compile(r"""(?<=[.!?])["')\]]*\s+(?![a-z])|\n\s*\n|[。！？]["'」』”’]*"""),
     re.compile(r"\n"),
     # between words; between unspaced characters, but not before a mark on one
@@ -163,7 +165,7 @@ def group_by_document(documents, size, run_length, seed=0):
     group = []
     while any(by_length):
         room = size - len(group)
-        lengths = [n for n, runs in enumerate(by_length) if runs]
+        lengths = [n for n, those in enumerate(by_length) if those]
         fitting = [n for n in lengths if n <= room]
         # the longest that fits, else the shortest, which is cut
         run = by_length[max(fitting, default=lengths[0])].pop()
@@ -185,7 +187,7 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
     """
     from eval import BM25  # here, since eval imports this file
 
-    rng, groups, others = random.Random(seed), [], size // run_length - 1
+    rng, groups, n_others = random.Random(seed), [], size // run_length - 1
     documents = [doc for doc in documents if len(doc) >= run_length]
     rng.shuffle(documents)
     for first in range(0, len(documents), block):
@@ -196,13 +198,14 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
             runs.append([doc[i : i + run_length] for i in starts])
         texts = [" ".join(doc) for doc in part]
         index = BM25(texts)
+        # + 1: the document itself is among them
         near = [np.argsort(-index.scores(text), kind="stable")[: nearest + 1] for text in texts]
         before = None
-        while before != len(groups):  # rounds over all documents, until one makes no group
+        while before != len(groups):  # rounds, in which each document begins one group at most
             before = len(groups)
             for i in rng.sample(range(len(part)), len(part)):
-                alike = [j for j in near[i].tolist() if j != i and runs[j]][:others]
-                if runs[i] and len(alike) == others:
+                alike = [j for j in near[i].tolist() if j != i and runs[j]][:n_others]
+                if runs[i] and len(alike) == n_others:
                     groups.append([])
                     for j in [i, *alike]:
                         groups[-1] += runs[j].pop(rng.randrange(len(runs[j])))
@@ -219,7 +222,7 @@ def read_documents(file):
 
 
 def read_text(file):
-    """The text of a file: UTF-8, UTF-16 with a mark, else Windows-1252. Names what is no text."""
+    """The text of a file: UTF-8, UTF-16 with a mark, else Windows-1252; "" if it is no text."""
     raw = file.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # the mark
         return raw.decode("utf-16", "replace")
@@ -303,8 +306,11 @@ def read_beir(folder, split="test"):
 def read_collections(folders, split="test"):
     """{name: (corpus, queries, qrels)}: a folder's name, or its path if two have one name."""
     names = [Path(folder).resolve().name for folder in folders]
-    named = zip(names, map(str, folders))
-    return {n if names.count(n) == 1 else folder: read_beir(folder, split) for n, folder in named}
+    collections = {}
+    for name, folder in zip(names, folders):
+        key = name if names.count(name) == 1 else str(folder)
+        collections[key] = read_beir(folder, split)
+    return collections
 
 
 def read_texts(file):
@@ -397,7 +403,10 @@ WORDINGS = {
 
 
 def tell(rng, name, tellings):
-    """Yield passages about `name`: three of four facts, drawn here, in changing words."""
+    """Yield passages about `name`: three of four facts in changing words.
+
+    The facts are drawn anew at each call. So nothing but a group's other passages tells of them.
+    """
     facts = {what: rng.choice(values) for what, values in FACTS.items()}
     for _ in range(tellings):
         told = rng.sample(sorted(FACTS), 3)
@@ -566,7 +575,7 @@ def read_lines(file):
 
 
 def new(path):
-    """Return `path`. Raises ValueError if there is something already, or no folder to hold it."""
+    """Return `path`, or None. Raises ValueError if it exists, or if its folder does not."""
     if path and Path(path).exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
     if path and not Path(path).parent.is_dir():
@@ -588,6 +597,10 @@ def write(file, text):
     fsync(partial)
     os.replace(partial, file)
     fsync(file.parent)
+
+
+# --------------------------------------------------------------------------------------------------
+# messages, flags, the machine
 
 
 def note(text):
@@ -621,11 +634,47 @@ def flags_given(description, flags, argv=None):
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         limits = flags[name][2:]
-        least = limits[0] if limits else 0
-        below = limits[1] if len(limits) > 1 else 1e15
+        least, below = limits + (0, 1e15)[len(limits) :]
         if type(value) in (int, float) and not least <= value < below:
             raise ValueError(f"--{name} is {value}; need at least {least}, and less than {below:g}")
     return defaults, given
+
+
+def tune_malloc():
+    """Let glibc keep what it frees: else a CPU run spends half of its time asking for it again."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX
+            libc.mallopt(option, value)
+
+
+def setup(device=None):
+    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
+    tune_malloc()
+    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    device = device or here[0]
+    if device.split(":")[0] not in here:
+        raise ValueError(f"--device {device} is not there; here are: {', '.join(here)}")
+    if "RANK" not in os.environ:
+        return torch.device(device), 0, 1
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # others wait for the first's BM25
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def barrier():
+    """Wait for all processes: one that leaves while another works would end the job for both."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave(code=0):
+    """End this process without Python's shutdown, in which one of gloo's threads may abort it."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,11 +16,9 @@ relevant document.
 Shapes:   Q queries   P passages (documents)   D hidden_size   k results of a query
 """
 
-import ctypes
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import tempfile
@@ -29,7 +27,6 @@ from argparse import Namespace
 from array import array
 from collections import Counter
 from contextlib import suppress
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,16 +39,19 @@ from safetensors.torch import save_file
 from data import (
     PREFIX,
     UNSPACED,
+    barrier,
     find,
     flags_given,
+    leave,
     new,
     read_collections,
     read_json,
     read_passages,
+    setup,
     write,
 )
 from model import merge_lora, save_model
-from revela import POOLING, Retriever
+from revela import POOLING, Retriever, save_pooling
 
 # --------------------------------------------------------------------------------------------------
 # measures
@@ -108,8 +108,8 @@ MEASURES = {"ndcg@10": ndcg, "mrr@10": mrr, "recall@100": recall}
 def measure(run, qrels):
     """The means of MEASURES over queries; each query's under "per_query"."""
     means, rows = {}, {}
-    for name, of in MEASURES.items():
-        values = of(run, qrels)
+    for name, function in MEASURES.items():
+        values = function(run, qrels)
         means[name] = sum(values.values()) / len(values)
         for qid, value in values.items():
             rows.setdefault(qid, {})[name] = value
@@ -157,6 +157,7 @@ def without_itself(collection, qid, pairs, k):
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
+    # " title query" ends with " query", and is less than twice as long
     same = f" {text}".endswith(f" {query}") and 2 * len(query) > len(text)
     found = dict(pairs)
     if same and qrels[qid].get(qid, 0) <= 0:
@@ -179,7 +180,7 @@ def dense_run(retriever, collection, k=1000, out=None, **options):
     if out and world_size > 1:
         out = Path(out).with_suffix(f".{rank}-of-{world_size}.npy")
     texts = list(corpus.values())[start:end]
-    passages = retriever.encode(texts, "passage", out=out, **options)  # [P, D]
+    passages = retriever.encode(texts, "passage", out=out, **options)  # [P / world_size, D]
     asked = retriever.encode(list(queries.values()), "query", **options)  # [Q, D]
     scores, indices = search(asked, passages, k + 1)  # one more: one may be the query itself
     if world_size > 1:
@@ -211,7 +212,7 @@ class BM25:
     identifiers   cut names of code into words: snake_case, camelCase
 
     score(q, d) = sum over the words t of q:  idf(t) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|))
-    idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))
+    idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))        of N documents
     """
 
     def __init__(self, texts, english=False, identifiers=False, k1=0.9, b=0.4):
@@ -251,11 +252,10 @@ class BM25:
         return scores
 
 
-def bm25_run(collection, k=1000, index=None):
-    """The run of BM25. Documents that share no word with the query are not results."""
+def bm25_run(collection, index, k=1000):
+    """The run of BM25 by the corpus's `index`. What has no word of the query is no result."""
     corpus, queries, _ = collection
     docids, run = list(corpus), {}
-    index = index or BM25(corpus.values())
     for qid, text in queries.items():
         scores = index.scores(text)
         best = np.argsort(-scores, kind="stable")[: k + 1].tolist()
@@ -321,7 +321,7 @@ def interactive(args, retriever, progress=False, **encode):
             runs = []
             if args.bm25:
                 collection = corpus, {"": question}, {"": {}}  # one query, nothing judged
-                runs.append(bm25_run(collection, index=index))
+                runs.append(bm25_run(collection, index))
             if retriever:
                 query = retriever.encode([question], "query", **encode)  # [1, D]
                 scores, best = (t[0].tolist() for t in search(query, vectors, 1000))
@@ -347,7 +347,7 @@ def write_json(file, value):
 def write_encoding(folder, max_len=512):
     """Say in `folder`, in sentence-transformers' words, how texts become vectors.
 
-    With mean pooling they read no EOS, so their length is one less than ours.
+    With mean pooling sentence-transformers reads no EOS: its max_seq_length is ours - 1.
     """
     prompts = PREFIX | {"document": PREFIX["passage"]}
     config = {"prompts": prompts, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
@@ -411,7 +411,7 @@ def export(retriever, folder, max_len=512):
     }
     write_json(folder / "tokenizer_config.json", config)
     write_modules(retriever, folder)
-    retriever.save_pooling(folder)
+    save_pooling(retriever, folder)
     write_encoding(folder, max_len)
 
 
@@ -461,47 +461,6 @@ def mteb_results(retriever, tasks, max_len):
 
 
 # --------------------------------------------------------------------------------------------------
-# the machine
-
-
-def tune_malloc():
-    """Let glibc keep what it frees: else a CPU run spends half of its time asking for it again."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX
-            libc.mallopt(option, value)
-
-
-def setup(device=None):
-    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
-    tune_malloc()
-    here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
-    device = device or here[0]
-    if device.split(":")[0] not in here:
-        raise ValueError(f"--device {device} is not there; here are: {', '.join(here)}")
-    if "RANK" not in os.environ:
-        return torch.device(device), 0, 1
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # others wait for the first's BM25
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
-
-
-def barrier():
-    """Wait for all processes: one that leaves while another works would end the job for both."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def leave(code=0):
-    """End this process without Python's shutdown, in which one of gloo's threads may abort it."""
-    sys.stdout.flush()
-    os._exit(code)
-
-
-# --------------------------------------------------------------------------------------------------
 
 FLAGS = {
     "data": ([], "folders in BEIR layout"),
@@ -518,7 +477,10 @@ FLAGS = {
         'texts to ask at a prompt: a folder, a file, or JSON lines {"text": ...}',
     ),
     "out": (None, "JSON file of results to write; must not exist"),
-    "vectors": (None, "folder to keep passages' vectors in, a part of them in memory"),
+    "vectors": (
+        None,
+        "folder to keep passages' vectors in, a part of them in memory; --data: a new file",
+    ),
     "max_len": (0, "tokens of a text that are read, EOS included; 0: as the model says, else 512"),
     "top_k": (1000, "documents retrieved for each query", 100),
     "batch_tokens": (0, "tokens in a batch when encoding; 0: 4096 on a CPU, else 16384"),
@@ -531,10 +493,9 @@ def parse_args(argv=None):
     """The arguments, checked as far as it goes without reading anything."""
     defaults, given = flags_given("Evaluate a retriever, or BM25, on collections.", FLAGS, argv)
     args = Namespace(**defaults | given)
-    to_others = args.mteb or args.export
-    asked = args.data or args.interactive or to_others
-    without_model = args.bm25 and not to_others
-    if not asked or not (args.model or without_model):
+    to_others = args.mteb or args.export  # these need a model, the rest a model or BM25
+    enough = args.model or (args.bm25 and not to_others)
+    if not enough or not (args.data or args.interactive or to_others):
         raise ValueError(
             "nothing to do: give --data or --interactive with --model, --bm25 or both; "
             "or --model with --mteb or --export"
@@ -557,7 +518,7 @@ def systems(args, retriever, options, collection, out):
         yield "dense", dense
     if args.bm25:
         index = BM25(collection[0].values(), args.english, args.identifiers)
-        bm25 = bm25_run(collection, args.top_k, index)
+        bm25 = bm25_run(collection, index, args.top_k)
         yield "bm25", bm25
     if retriever and args.bm25:
         yield "fused", fuse(dense, bm25)

@@ -204,8 +204,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read(own, q) gets the causal attention and the queries. What it returns goes to `o_proj` in
-        its place. All are [N, H, T, d]. kv_only: only keys and values are wanted; x stays.
+        read(own, q) gets the causal attention and the queries; `o_proj` gets what it returns
+        instead of own. All are [N, H, T, d]. kv_only: only keys and values are wanted; x stays.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         if kv_only:
@@ -389,25 +389,31 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 # weight is next to nothing is left out: `in_batch_plan` says who reads whom.
 
 
-def in_batch_plan(weights, negligible, max_pairs):
+# A weight up to this is left out: its part in the sum and in the gradient is as small. At tau 1e-4
+# most are that small, at 0.05 few.
+NEGLIGIBLE = 1e-8
+MAX_SCORES = 2**24  # attention scores that exist at once: 64 MiB in float32
+
+
+def in_batch_plan(weights, scores_of_a_pair, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
     """Who reads whom: a list of (i [b], j [b, n]), where passage i[x] reads the passages j[x].
 
     Passages of all groups are numbered from 0 to N-1. Those that read about as many others, by
     weights above `negligible`, share a part. All i of a part read n passages, the most that any of
-    them needs. A part has at most `max_pairs` pairs (i, j), or one i.
+    them needs. A part has at most `max_scores` scores, or one i. Where all weights count, parts are
+    of b passages with all others; where each row is one-hot, there is one part with n = 1.
     """
-    B = weights.shape[-1]
+    B, max_pairs = weights.shape[-1], max_scores // scores_of_a_pair
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
     counts = (w > negligible).sum(1).clamp(min=1)  # [N]; a row of zeros reads something, too
-    counts, rows = counts.sort(descending=True)
-    counts, plan = counts.tolist(), []
-    while counts:
-        n = counts[0]
-        b = max(1, max_pairs // n)
-        i = rows[:b]
+    counts, rows = counts.sort(descending=True)  # rows: passages, those that read most come first
+    counts, plan, start = counts.tolist(), [], 0
+    while start < len(rows):
+        n = counts[start]
+        i = rows[start : start + max(1, max_pairs // n)]
         first = i // B * B  # the first passage of its group
         plan.append((i, first[:, None] + order[i, :n]))
-        counts, rows = counts[b:], rows[b:]
+        start += len(i)
     return plan
 
 
@@ -454,7 +460,10 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. A folder may come from a stranger: what we do
 # not compute is refused by name, and no file leads out of its folder.
 
-# What a field may be: a list of values (None: it may be unset), of ranges, of words with a test.
+# {fields: rules}. {"head_dim": [None, SIZE]}: it may be unset, or a positive integer. A rule is a
+# value, a range, or a sentence that has a test in TESTS.
+
+SIZE, ID = range(1, 10**7), range(-1, 10**9)
 NUMBER, SHARE = "a number from 1e-29 to 1e15", "a number from 0 to less than 1"
 OBJECT, IDS = "an object", "a list of token ids"
 FULL, TARGETS = 'a list of "full_attention"', f"a list out of {', '.join(LORA_TARGETS)}"
@@ -466,7 +475,31 @@ TESTS = {
     FULL: lambda x: type(x) is list and x == ["full_attention"] * len(x),
     TARGETS: lambda x: type(x) is list and x != [] and all(name in LORA_TARGETS for name in x),
 }
-SIZE, ID = range(1, 10**7), range(-1, 10**9)
+
+
+def fits(value, rule):
+    """Whether `value` is what `rule` says."""
+    if isinstance(rule, range):
+        return type(value) is int and value in rule
+    return TESTS[rule](value) if rule in TESTS else value == rule
+
+
+def check(where, raw, rules):
+    """Raise ValueError that names a field of `raw` which fits none of its rules.
+
+    Returns the names of the fields that are set and have no rule, in one line.
+    """
+    unknown = {name for name in raw if raw[name]} - set(IGNORED)
+    for names, allowed in rules.items():
+        for name in names.split():
+            value = raw.get(name)
+            if not any(fits(value, rule) for rule in allowed):
+                need = " or ".join("unset" if rule is None else str(rule) for rule in allowed)
+                need = need.replace("range", "an integer in range")
+                raise ValueError(f"{where} {name} is {value!r:.80}; need {need}")
+            unknown.discard(name)
+    return brief(", ".join(sorted(unknown)))
+
 
 # Fields that change what is computed may have only the values with which we compute it.
 CONFIG = {
@@ -505,38 +538,14 @@ ADAPTER = {
     "init_lora_weights": [None, False, True, "gaussian", "eva", "orthogonal"],
 }
 # Fields of both files that change nothing here.
-IDLE = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
+IGNORED = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
     max_window_layers megatron_core peft_version pretraining_tp qalora_group_size revision
     sliding_window task_type torch_dtype transformers_version use_cache""".split()
 
 
-def fits(value, rule):
-    """Whether `value` is what `rule` says: a value, a range, or words of TESTS."""
-    if isinstance(rule, range):
-        return type(value) is int and value in rule
-    return TESTS[rule](value) if rule in TESTS else value == rule
-
-
-def check(where, raw, rules):
-    """Raise ValueError that names a field of `raw` which fits none of its rules.
-
-    Returns the names of the fields that are set and have no rule, in one line.
-    """
-    unknown = {name for name in raw if raw[name]} - set(IDLE)
-    for names, allowed in rules.items():
-        for name in names.split():
-            value = raw.get(name)
-            if not any(fits(value, rule) for rule in allowed):
-                need = " or ".join("unset" if rule is None else str(rule) for rule in allowed)
-                need = need.replace("range", "an integer in range")
-                raise ValueError(f"{where} {name} is {value!r:.80}; need {need}")
-            unknown.discard(name)
-    return brief(", ".join(sorted(unknown)))
-
-
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    trained = folder / "retriever"
+    trained = folder / "retriever"  # --model is often given a run folder, or an adapter
     place = trained if trained.is_dir() else folder
     adapter = place / "adapter_config.json"
     if adapter.exists():
@@ -593,10 +602,11 @@ def read_tensors(folder):
 
 
 def load_strictly(model, tensors, source, device, dtype):
-    """Replace all that `model` has on the meta device by `tensors`, pairs of name and tensor.
+    """Fill what `model` has on the meta device: all of it, or LoRA matrices that were just added.
 
-    They become `dtype` on `device`. A name may begin as in peft or in a model with a head, and may
-    hold an adapter's name (".default"). Raises ValueError that names what does not match.
+    `tensors`: pairs of name and tensor. They become `dtype` on `device`. A name may begin as in
+    peft or in a model with a head, and may hold an adapter's name (".default"). Raises ValueError
+    that names what does not match.
     """
     given = {}
     for name, t in tensors:

@@ -5,7 +5,7 @@ Its blocks read the other passages, too, and the retriever decides how much of e
 it needs the right passages in view. So its next-token loss teaches the retriever what is relevant.
 
     1. embed        p_i = unit(retriever("passage: " D_i EOS))
-                    q_i = unit(retriever("query: " D_i EOS)), of D_i or of its first half
+                    q_i = unit(retriever("query: " D_i EOS)), or half of these tokens and EOS
     2. similarity   s_ij = q_i . p_j,    w_i = softmax over j != i of s_ij / tau
     3. two streams  of the same language model, each passage at positions 0 to T-1 in both
                     context stream:   the plain causal pass; leaves keys and values K_j, V_j in
@@ -16,8 +16,9 @@ it needs the right passages in view. So its next-token loss teaches the retrieve
     4. loss         next-token cross-entropy of the in-batch stream; both models learn from it, the
                     retriever through w alone
 
-The objective comes first, then the way from texts to its batches, and `encode_texts`, which is what
-one wants of a trained retriever. Last are other objectives, to compare with.
+The retriever and the objective come first, then the way from texts to its batches, and
+`encode_texts`, which is what one wants of a trained retriever. Last are its file, and other
+objectives, to compare with.
 
     retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
     vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
@@ -39,9 +40,16 @@ from tqdm import tqdm
 
 # of data's: `reading` makes one sentence of any failure, `existing` and `new` check a path
 from data import PREFIX, existing, find, new, out_of_memory, read_json, read_safetensors, reading
-from model import SIZE, Llama, check, in_batch_attention_fast, in_batch_plan, load_adapter, rope
-
-POOLING = "pooling.safetensors"  # beside an adapter or a model: what standardises its vectors
+from model import (
+    NEGLIGIBLE,
+    SIZE,
+    Llama,
+    check,
+    in_batch_attention_fast,
+    in_batch_plan,
+    load_adapter,
+    rope,
+)  # fmt: skip
 
 
 class Retriever(nn.Module):
@@ -74,7 +82,7 @@ class Retriever(nn.Module):
         pooling = "mean" if (folder / POOLING).exists() else "eos"
         check_pooling(folder / "1_Pooling/config.json", pooling)
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
-        retriever.load_pooling(folder)
+        load_pooling(retriever, folder)
         return retriever
 
     def forward(self, ids, mask):
@@ -106,52 +114,9 @@ class Retriever(nn.Module):
         self.mean.copy_(x.mean(0))
         self.std.copy_(x.std(0).clamp(min=1e-6))  # above 0, should all passages be the same
 
-    def load_pooling(self, folder):
-        """Read `mean` and `std` if `folder` has them, and return whether it has.
-
-        Raises ValueError if they do not fit.
-        """
-        file = folder / POOLING
-        if not file.exists():
-            return False
-        if self.pooling != "mean":
-            raise ValueError(f"{file}: its retriever pools by --pooling mean, not {self.pooling}")
-
-        def good(t):
-            floats = t.is_floating_point() and t.shape == self.mean.shape
-            return floats and t.float().isfinite().all()
-
-        given = read_safetensors(file)
-        fit = given.keys() == {"mean", "std"} and all(map(good, given.values()))
-        if not fit or given["std"].float().min() < 1e-30:  # below, 1 / std is not finite
-            need = f"floats mean and std [{len(self.mean)}] and nothing else, finite, std above 0"
-            raise ValueError(f"{file}: need {need}")
-        self.mean.copy_(given["mean"])
-        self.std.copy_(given["std"])
-        return True
-
-    def save_pooling(self, folder):
-        """Write `mean` and `std` if there are any."""
-        if self.pooling == "mean":
-            save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, folder / POOLING)
-
     def encode(self, texts, kind="passage", **options):
         """Texts -> unit vectors, float32 [N, D] on the CPU. Options: see `encode_texts`."""
         return encode_texts(self, texts, kind, **options)
-
-
-def check_pooling(file, pooling):
-    """Raise ValueError if sentence-transformers' `file` asks for another pooling than ours."""
-    config = read_json(file) if file.exists() else {}
-    modes = []  # {"pooling_mode_lasttoken": true} in old files, {"pooling_mode": "lasttoken"} now
-    for name, value in config.items():
-        if name.startswith("pooling_mode") and value:
-            modes.append(value if name == "pooling_mode" else name)
-    same = ["lasttoken", "pooling_mode_lasttoken"]
-    if pooling == "mean":
-        same = ["mean", "pooling_mode_mean_tokens"]
-    if not all(mode in same for mode in modes):
-        raise ValueError(f"{file}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,6 +139,7 @@ class Revela(nn.Module):
         super().__init__()
         self.retriever, self.lm = retriever, lm
         self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
+        # the form of the in-batch term: keyword arguments of `two_streams`
         self.form = {"v_norm": v_norm, "scale": inbatch_scale, "convex": convex, "start": start}
         self.stats = {}  # of the last forward; tensors without gradient
 
@@ -278,12 +244,6 @@ def in_batch_weights(q, p, tau):
     return (s / tau).masked_fill(itself, -torch.inf).softmax(-1)
 
 
-# Smaller weights need not be read: their part in the sum and in the gradient is as small. At tau
-# 1e-4 most are that small, at 0.05 few.
-NEGLIGIBLE = 1e-8
-MAX_SCORES = 2**24  # attention scores that exist at once: they fit into a CPU's cache
-
-
 def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, start=0.0):
     """Run a batch through the language model twice: passages alone, and reading each other.
 
@@ -297,9 +257,8 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     cos, sin = rope(lm.config, T, ids.device)
     itself = torch.eye(B, dtype=torch.bool, device=ids.device)
     weights = weights.masked_fill(itself, 0)  # a caller may leave something there
-    # for speed alone: who reads whom, without what is negligible, in parts that fit into a cache
-    max_pairs = MAX_SCORES // (lm.config.num_attention_heads * T * T)
-    plan = in_batch_plan(weights, NEGLIGIBLE, max_pairs)
+    # for speed: who reads whom. Weights up to 1e-8 are left out, which no loss shows
+    plan = in_batch_plan(weights, scores_of_a_pair=lm.config.num_attention_heads * T * T)
 
     def add_others(own, q, k, v):
         """A block's `read`: own, q [N, H, T, d] are its own, k, v [N, H_kv, T, d] the context's."""
@@ -314,6 +273,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     for block in lm.layers[:first]:  # both streams are the same numbers
         x, _, _ = block(x, cos, sin)
     context = stream = x
+    # a block returns x, and its keys (after RoPE) and values; `read` may add to what it reads
     for block in lm.layers[first:]:
         last = block is lm.layers[-1]  # of its context stream only keys and values are needed
         context, k, v = block(context, cos, sin, kv_only=last)
@@ -348,7 +308,7 @@ class Tokenizer:
         folder = find(folder)
         self.file = existing(folder / "tokenizer.json")
         config = read_json(folder / "config.json")
-        check(f"{folder}:", config, {"vocab_size": [SIZE]})
+        check(f"{folder}:", config, {"vocab_size": [SIZE]})  # a positive integer
         self.vocab_size = config["vocab_size"]
         eos = config.get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
@@ -423,10 +383,11 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
         rows["lm"] += lm_tokenizer.token_ids(texts, passage_max_len)
     rows["lm"] = [row or [lm_tokenizer.eos_id] for row in rows["lm"]]  # some texts have no tokens
     batch = {}
-    for name, ids in rows.items():
+    for name in rows:
         eos_id = (lm_tokenizer if name == "lm" else tokenizer).eos_id
-        for what, x in zip(("ids", "mask"), pad(ids, eos_id)):
-            batch[f"{name}_{what}"] = x.unflatten(0, (len(groups), -1))  # [N, T] -> [G, B, T]
+        ids, mask = pad(rows[name], eos_id)  # [N, T]
+        batch[f"{name}_ids"] = ids.unflatten(0, (len(groups), -1))  # [G, B, T]
+        batch[f"{name}_mask"] = mask.unflatten(0, (len(groups), -1))
     return batch
 
 
@@ -467,7 +428,7 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
     else:
         mapped = np.lib.format.open_memmap(f"{new(out)}.partial", "w+", np.float32, shape)
         vectors = torch.from_numpy(mapped)
-    low = weight.dtype.itemsize < 4
+    low = weight.dtype.itemsize < 4  # then by autocast, which leaves the residual stream float32
     precision = torch.autocast(device.type, weight.dtype, enabled=low)
     total, what = sum(map(len, texts)), f"{len(texts):,} {kind} texts"
     bar = tqdm(total=total, desc=what, unit=" characters", disable=not progress)
@@ -495,6 +456,57 @@ def by_length(rows, batch_tokens):
         size = max(1, batch_tokens // len(rows[order[0]]))
         yield order[:size]
         order = order[size:]
+
+
+# --------------------------------------------------------------------------------------------------
+# the retriever's file
+
+POOLING = "pooling.safetensors"  # beside an adapter or a model: what standardises its vectors
+
+
+def load_pooling(retriever, folder):
+    """Read `mean` and `std` if `folder` has them, and return whether it has.
+
+    Raises ValueError if they do not fit.
+    """
+    file = folder / POOLING
+    if not file.exists():
+        return False
+    if retriever.pooling != "mean":
+        raise ValueError(f"{file}: its retriever pools by --pooling mean, not {retriever.pooling}")
+
+    def good(t):
+        floats = t.is_floating_point() and t.shape == retriever.mean.shape
+        return floats and t.float().isfinite().all()
+
+    given = read_safetensors(file)
+    fit = given.keys() == {"mean", "std"} and all(map(good, given.values()))
+    if not fit or given["std"].float().min() < 1e-30:  # below, 1 / std is not finite
+        need = f"floats mean and std [{len(retriever.mean)}] and nothing else, finite, std above 0"
+        raise ValueError(f"{file}: need {need}")
+    retriever.mean.copy_(given["mean"])
+    retriever.std.copy_(given["std"])
+    return True
+
+
+def save_pooling(retriever, folder):
+    """Write `mean` and `std` if there are any."""
+    if retriever.pooling == "mean":
+        save_file({"mean": retriever.mean.cpu(), "std": retriever.std.cpu()}, folder / POOLING)
+
+
+def check_pooling(file, pooling):
+    """Raise ValueError if sentence-transformers' `file` asks for another pooling than ours."""
+    config = read_json(file) if file.exists() else {}
+    modes = []  # {"pooling_mode_lasttoken": true} in old files, {"pooling_mode": "lasttoken"} now
+    for name, value in config.items():
+        if name.startswith("pooling_mode") and value:
+            modes.append(value if name == "pooling_mode" else name)
+    same = ["lasttoken", "pooling_mode_lasttoken"]
+    if pooling == "mean":
+        same = ["mean", "pooling_mode_mean_tokens"]
+    if not all(mode in same for mode in modes):
+        raise ValueError(f"{file}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -567,17 +579,19 @@ class Replug(Revela):
     @torch.no_grad()
     def likelihoods(self, batch):
         """l_ij [G, B, B] float32. The diagonal, D_i after itself, is of no use."""
-        self.lm.eval()  # no dropout
+        self.lm.eval()  # no dropout; it is frozen anyway
         rows = []
         for ids, mask in zip(batch["lm_ids"], batch["lm_mask"]):  # [B, T] of a group
             texts = [row[real].tolist() for row, real in zip(ids, mask)]
             rows.append(torch.stack([self.likelihood(text, texts) for text in texts]))
         return torch.stack(rows)
 
-    def likelihood(self, text, others):
-        """The mean log-likelihood of the second half of `text` after each of B others: [B]."""
+    def likelihood(self, text, contexts):
+        """The mean log-likelihood of the second half of `text` after each of B contexts: [B]."""
         device = self.lm.embed_tokens.weight.device
-        ids, mask = (x.to(device) for x in pad([other + text for other in others], 0))  # [B, T]
+        ids, mask = (
+            x.to(device) for x in pad([context + text for context in contexts], 0)
+        )  # [B, T]
         m = len(text) - len(text) // 2
         at = mask.sum(1, keepdim=True) - m + torch.arange(m, device=device)  # [B, m]: the last m
         hidden = self.lm(ids).take_along_dim(at[..., None] - 1, 1)  # [B, m, D]: predict these

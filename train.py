@@ -50,32 +50,43 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from data import (
     Groups,
+    barrier,
     find,
     flags_given,
     fsync,
     group_order,
+    leave,
     out_of_memory,
     read_collections,
     read_json,
     read_safetensors,
     reading,
+    setup,
     write,
     write_toy_world,
 )  # fmt: skip
-
-# of eval's: `setup` joins the processes, `leave` ends this one
-from eval import barrier, dense_run, leave, measure, setup, show, write_encoding
+from eval import dense_run, measure, show, write_encoding, write_json
 from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save_adapter, save_model
-from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate
+from revela import (
+    Contrastive,
+    Control,
+    Replug,
+    Retriever,
+    Revela,
+    Tokenizer,
+    collate,
+    load_pooling,
+    save_pooling,
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # arguments: {flag: (default, help, least, below)}, as `data.flags_given` reads them. The defaults
-# are the published values, of choices the first
+# are the values of the recipe `published`; of choices, the first
 
 FLAGS = {
     "recipe": (
         ("toy", "small", "published"),
-        "values of what is not given; small if --data, else toy",
+        "values of the flags that are not given; small with --data, else toy",
     ),
     "data": (None, "JSON lines of groups, which data.py makes; without: the toy world"),
     "model": (None, "the retriever's base model: a folder, or a hub id org/name[@revision]"),
@@ -316,10 +327,10 @@ def on(device, batch):
 def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world_size):
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
-    model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns {name:
-    this process's share}, scalar tensors: summed over processes they are the update's means, and
-    the gradients' norms before clipping. Raises FloatingPointError if one is not finite, before
-    anything is changed.
+    model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns scalar
+    tensors that, summed over processes, are: tokens, the number of targets; grad_norm_*, before
+    clipping; the means of the objective's `stats`. Raises FloatingPointError if a norm is not
+    finite, before anything is changed.
     """
     revela = getattr(model, "module", model)
     ddp = model is not revela
@@ -382,7 +393,7 @@ def explained(step, rank, groups):
 # Arguments that may change when a run is resumed: they change nothing but rounding, and with
 # --groups_per_device the dropout. Names of files may change, too: `identify` compares the content
 # of --data, the configurations of the models and the form of their LoRA.
-FREE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
+MAY_CHANGE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
 eval_every eval_data save_steps""".split()
 DCP_OPTIONS = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
@@ -397,8 +408,9 @@ def save_models(revela, folder, args, rank):
     for name, llama in (("retriever", revela.retriever.llama), ("lm", revela.lm)):
         if name == "lm" and args.freeze_lm:
             continue
+        # the other processes help to gather, and keep nothing
         llama = whole(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
-        if rank:  # it only helped to gather
+        if rank:
             continue
         save = save_adapter if llama.lora else save_model
         save(llama, folder / name)
@@ -406,7 +418,7 @@ def save_models(revela, folder, args, rank):
             if not llama.lora and (find(bases[name]) / file).exists():
                 shutil.copyfile(find(bases[name]) / file, folder / name / file)
     if rank == 0:
-        revela.retriever.save_pooling(folder / "retriever")
+        save_pooling(revela.retriever, folder / "retriever")
         write_encoding(folder / "retriever")
 
 
@@ -441,7 +453,7 @@ def save_checkpoint(folder, step, revela, optimizer, identity, rank):
 
 def identify(args, groups, per_update, retriever, lm):
     """{name: value} of all that decides what a training computes."""
-    identity = {name: value for name, value in vars(args).items() if name not in FREE}
+    identity = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     identity |= {"groups": len(groups), "checksum of --data": groups.checksum}
     identity |= {"processes x --groups_per_device x --gradient_accumulation_steps": per_update}
     for name, llama in (("retriever", retriever), ("language model", lm)):
@@ -464,7 +476,8 @@ def restore(folder, revela, optimizer, identity):
             was, now = f"{before.get(name)!r:.200}", f"{value!r:.200}"
             raise ValueError(f"cannot resume {start}: {name} was {was} there, now it is {now}")
     options = dcp.StateDictOptions(**DCP_OPTIONS)
-    weights, optim = dcp.get_state_dict(revela, optimizer, options=options)  # to be overwritten
+    # this gives a new AdamW its moments, zeros. All of it is overwritten below
+    weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
     with reading(start / "state.safetensors", "lacks something of this run"):
         weights = {name: saved[name] for name in weights}
         for name, part in optim["state"].items():
@@ -536,10 +549,10 @@ class Log:
 
     def line(self, step, total, lr):
         """Record and print the means. Collective."""
-        sums = [value.to(self.device).float() for value in self.sums.values()]
-        sums = summed(torch.stack(sums))
+        shares = [value.to(self.device).float() for value in self.sums.values()]
         updates = step - self.since
-        values = {"step": step, "lr": lr} | dict(zip(self.sums, (sums / updates).tolist()))
+        means = summed(torch.stack(shares)) / updates
+        values = {"step": step, "lr": lr} | dict(zip(self.sums, means.tolist()))
         values["tokens_per_s"] = values.pop("tokens") * updates / self.seconds
         values["memory_gb"] = peak_memory(self.device)
         values["eta_s"] = self.seconds / updates * (total - step)
@@ -573,16 +586,18 @@ def claim(out, resume):
     """Make `out` this run's folder: a new one, or with `resume` that of a run before."""
     out.mkdir(parents=True, exist_ok=True)
     config = out / "config.json"
-    need = "choose another --out, or go on with --resume, if it is a run's"
+    taken = ValueError(
+        f"{out} is not empty: choose another --out, or go on with --resume, if it is a run's"
+    )
     if any(out.iterdir()):
         # an empty file is of a run that was killed at once
         ours = config.exists() and (not config.stat().st_size or "recipe" in read_json(config))
         if not resume or not ours:
-            raise ValueError(f"{out} is not empty: {need}")
+            raise taken
     try:
         config.touch(exist_ok=resume)
     except FileExistsError:  # by another run, a moment ago
-        raise ValueError(f"{out} is not empty: {need}") from None
+        raise taken from None
 
 
 def made_by():
@@ -591,10 +606,10 @@ def made_by():
     with suppress(OSError):  # there may be no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     gpu = torch.cuda.is_available() and torch.cuda.get_device_name()
-    versions = {"torch": torch.__version__, "tokenizers": tokenizers.__version__}
     return {
         "commit": commit,
-        **versions,
+        "torch": torch.__version__,
+        "tokenizers": tokenizers.__version__,
         "machine": gpu or platform.processor() or platform.machine(),
     }
 
@@ -624,9 +639,10 @@ def prepare(args, device, world_size):
     llama, lm = build_models(args, dtype, where)
     recompute_activations(llama, args.activation_checkpointing)
     recompute_activations(lm, args.activation_checkpointing)
-    for block in [*llama.layers, *lm.layers] if args.compile else []:
+    if args.compile:
         torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
-        block.compile()
+        for block in [*llama.layers, *lm.layers]:
+            block.compile()
     retriever = Retriever(llama, Tokenizer(args.model), args.pooling)
     model = build_objective(args, retriever, lm)
     if fsdp:
@@ -711,17 +727,18 @@ def train(args, device, rank, world_size):
         total = math.ceil(args.num_train_epochs * n_groups / per_update)
     identity = identify(args, groups, per_update, revela.retriever.llama, revela.lm)
     # mean and std come with the model, or from a checkpoint, or are measured below
-    given = revela.retriever.load_pooling(find(args.retriever_adapter or args.model))
+    given = load_pooling(revela.retriever, find(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = partial(
         group_order, n_groups, args.seed,
-        rank=rank, world_size=world_size, accumulation=accumulation, groups=args.groups_per_device,
+        rank=rank, world_size=world_size,
+        accumulation=accumulation, batch_size=args.groups_per_device,
     )  # fmt: skip
     to_batch = make_collate(args, revela.retriever.tokenizer)
     loader = make_loader(args, groups, order(first=first_step, last=total), to_batch, gpu)
     log = Log(out / "metrics.jsonl", first_step, device, rank)
     if rank == 0:
-        write(out / "config.json", json.dumps(vars(args) | {"made_by": made_by()}, indent=1) + "\n")
+        write_json(out / "config.json", vars(args) | {"made_by": made_by()})
     log.say(
         f"recipe {args.recipe}: {total} updates of {world_size} processes x {accumulation} "
         f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
@@ -748,10 +765,10 @@ def train(args, device, rank, world_size):
         with autocast():
             some = map(batch_of, range(min(STANDARD_GROUPS, n_groups)))
             # the copy has the same mean and std, so they are set in both
-            whole_retriever(revela.retriever, device).standardise(some)
+            whole_retriever(revela.retriever, device).standardise(some)  # by `eval()`
     if first_step == 0:
         report(0)
-    how = optimizer, args.max_grad_norm, autocast, device, world_size
+    update_args = optimizer, args.max_grad_norm, autocast, device, world_size
     batches, signals = iter(loader), catch_signals()
     for step in range(first_step + 1, total + 1):  # `learning_rate` and `order` count from 0
         began = time.perf_counter()
@@ -761,7 +778,7 @@ def train(args, device, rank, world_size):
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [dropout_seed(args.seed, step, i * world_size + rank) for i in range(accumulation)]
         with explained(step, rank, order(first=step - 1, last=step)):
-            stats = update(model, micro_batches, seeds, *how)
+            stats = update(model, micro_batches, seeds, *update_args)
         log.add(stats, time.perf_counter() - began)
 
         last = step == total

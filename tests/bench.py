@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from eval import setup
+from data import setup
 from model import rope, rotate
 from revela import Retriever, Revela, in_batch_weights, pad
 

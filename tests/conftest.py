@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Llama, LlamaConfig, add_lora, save_adapter, save_model  # noqa: E402
-from revela import Retriever  # noqa: E402
+from revela import Retriever, save_pooling  # noqa: E402
 
 
 def pytest_configure(config):
@@ -74,7 +74,7 @@ def save_retriever(base, folder, pooling="eos"):
     if pooling == "mean":
         torch.nn.init.normal_(retriever.mean)
         torch.nn.init.uniform_(retriever.std, 0.5, 2)
-    retriever.save_pooling(folder)
+    save_pooling(retriever, folder)
 
 
 @pytest.fixture

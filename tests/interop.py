@@ -274,7 +274,7 @@ def test_measures_of_bm25_are_trec_evals(folder, tmp_path):
     if folder == "toy":
         write_toy_world(folder := tmp_path / "world", seed=0, n_groups=20)
     corpus, queries, qrels = read_beir(folder)
-    run = eval.bm25_run((corpus, queries, qrels))
+    run = eval.bm25_run((corpus, queries, qrels), eval.BM25(corpus.values()))
     names = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100", "mrr@10": "recip_rank"}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "recip_rank"})
     truth = theirs.evaluate({qid: found for qid, found in run.items() if found})

@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_train import arguments, run, same, together
 
 import train
-from eval import leave
+from data import leave
 
 EVENTS = [
     f"{when} {what}" for when in ("before", "after") for what in ("update", "fsync", "replace")
@@ -96,7 +96,7 @@ DYING = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from eval import leave
+from data import leave
 
 update, calls, died = train.update, [], sys.argv[1] + ".died"
 print(os.getpid(), file=open(sys.argv[2], "w"), flush=True)

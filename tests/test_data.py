@@ -149,10 +149,10 @@ def test_the_order_is_a_function_of_seed_and_position_alone():
     def flat(*args, **more):
         return [i for batch in group_order(n, *args, **more) for i in batch]
 
-    whole = flat(3, 0, updates, groups=size)
+    whole = flat(3, 0, updates, batch_size=size)
     assert sorted(whole[:n]) == list(range(n)) == sorted(whole[n : 2 * n])
-    assert whole[:n] != whole[n : 2 * n] and whole != flat(4, 0, updates, groups=size)
-    assert flat(3, 4, updates, groups=size) == whole[4 * size :], "as a resumed run reads them"
+    assert whole[:n] != whole[n : 2 * n] and whole != flat(4, 0, updates, batch_size=size)
+    assert flat(3, 4, updates, batch_size=size) == whole[4 * size :], "as a resumed run reads them"
     for world, accumulation, groups in ((1, 4, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)):
         for u in range(updates):
             ranks = [flat(3, u, u + 1, r, world, accumulation, groups) for r in range(world)]

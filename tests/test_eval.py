@@ -20,7 +20,7 @@ import eval
 from data import read_passages
 from eval import BM25, bm25_run, dense_run, fuse, main, measure, mrr, ndcg, read_max_len, recall
 from model import Llama, merge_lora, save_adapter, save_model
-from revela import POOLING, Retriever
+from revela import POOLING, Retriever, save_pooling
 
 # --------------------------------------------------------------------------------------------------
 # measures, search, runs
@@ -108,7 +108,7 @@ def test_bm25_cuts_the_names_of_code(tmp_path):
 )
 def test_bm25_finds_words_in_texts_without_spaces(words):
     a, b, question = words.split()
-    run = bm25_run(({"a": f"x{a}。", "b": b}, {"q": question}, {"q": {}}))
+    run = bm25_run(({"a": f"x{a}。", "b": b}, {"q": question}, {"q": {}}), BM25([f"x{a}。", b]))
     assert list(run["q"])[0] == "a" and BM25([a]).words(f"x{a}y")[:: len(a) + 1] == ["x", "y"]
 
 
@@ -119,9 +119,10 @@ def test_the_query_itself_is_no_result_but_what_only_has_its_number_is(tiny):
     qrels = {"1": {"5": 1}, "2": {"2": 0}, "3": {"5": 1}, "4": {"4": 1}, "5": {}, "x": {"1": 1}}
     left_out = dict.fromkeys("345x", set()) | {"1": {"1"}, "2": {"2"}}
     collection, retriever = (corpus, queries, qrels), Retriever.from_pretrained(tiny)
-    for run in (dense_run(retriever, collection, 5), bm25_run(collection, 5)):
+    index = BM25(collection[0].values())
+    for run in (dense_run(retriever, collection, 5), bm25_run(collection, index, 5)):
         assert {qid: set(corpus) - set(found) for qid, found in run.items()} == left_out
-    for run in (dense_run(retriever, collection, 4), bm25_run(collection, 4)):
+    for run in (dense_run(retriever, collection, 4), bm25_run(collection, index, 4)):
         assert {len(found) for found in run.values()} == {4}, "another takes its place"
 
 
@@ -459,7 +460,7 @@ def test_what_sentence_transformers_saved_is_read_as_it_is_or_refused(tiny):
             Retriever.from_pretrained(tiny)
         assert len(str(caught.value)) < 700
     retriever = Retriever(Llama.from_pretrained(tiny), pooling="mean")
-    retriever.save_pooling(tiny)
+    save_pooling(retriever, tiny)
     put("1_Pooling/config.json", pooling_mode_mean_tokens=True)
     Retriever.from_pretrained(tiny)
     put("1_Pooling/config.json", pooling_mode_mean_sqrt_len_tokens=True)  # another mean than ours

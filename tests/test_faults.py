@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import data
 from data import Groups, read_beir, read_lines, read_passages, reading
 from model import Llama, LlamaConfig, load_adapter, save_adapter, save_model
-from revela import Retriever, Tokenizer, collate
+from revela import Retriever, Tokenizer, collate, load_pooling
 
 
 def refused(folder, call):
@@ -41,7 +41,7 @@ def full(tiny):
 def read_all(folder):
     llama = Llama.from_pretrained(folder)
     load_adapter(llama, folder / "a")
-    Retriever(llama, pooling="mean").load_pooling(folder / "a")
+    load_pooling(Retriever(llama, pooling="mean"), folder / "a")
     return llama, Tokenizer(folder)
 
 

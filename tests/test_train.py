@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import eval
 import train
+from data import setup
 from model import Llama, load_adapter
 from revela import Retriever, Revela, collate
 
@@ -244,7 +245,7 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(tmp
 
 def shards(folder, argv):
     """Give each process's part of each tensor numbers of its own; save all, and restore it."""
-    device, rank, world = eval.setup("cpu")
+    device, rank, world = setup("cpu")
 
     def fresh():
         args = train.parse_args(argv)
