@@ -6,7 +6,8 @@ documents, {"text": ...} on a line of its own each, become groups by
 
     python data.py --docs docs.jsonl --out groups.jsonl
 
-Further down: test collections, the toy world, and the readers of files that may be a stranger's.
+Further down: test collections, the toy world, the readers of files that may be a stranger's, and
+what all commands share: flags, processes.
 """
 
 import argparse

@@ -273,7 +273,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     for block in lm.layers[:first]:  # both streams are the same numbers
         x, _, _ = block(x, cos, sin)
     context = stream = x
-    # a block returns x, and its keys (after RoPE) and values; `read` may add to what it reads
+    # a block returns x, its keys (after RoPE), its values; `read` adds to what its attention gives
     for block in lm.layers[first:]:
         last = block is lm.layers[-1]  # of its context stream only keys and values are needed
         context, k, v = block(context, cos, sin, kv_only=last)

@@ -196,14 +196,45 @@ def contrastive_pilots():
         yield line(title, "", "", *cells)
 
 
-def contrastive():
-    """The best of the pilots at full length, beside Revela of the same seed."""
-    yield from head("| seed 0 | mean, untrained | contrastive | Revela | Revela - contrastive |")
+def replug_pilots():
+    """REPLUG, chosen the same way: 40 updates, seed 0."""
+    yield from head("| REPLUG: τ | β | learning rate | adi | med |")
+    for run in ("r-.1-.1-6e-4", "r-.1-.1-2e-4"):
+        values = config(f"small/{run}")
+        rate = f"{values['learning_rate']:.0e}".replace("e-0", "e-")
+        cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
+        yield line(
+            *(str(values[key]) for key in ("attn_temperature", "lm_temperature")), rate, *cells
+        )
+
+
+def others():
+    """The best of the pilots at full length, beside Revela."""
+    yield from head(
+        "| | mean, untrained | contrastive, seed 0 | REPLUG, seed 0 | Revela, seeds 0-4 "
+        "| Revela - contrastive | Revela - REPLUG |"
+    )
     for title, names in ROWS:
-        runs = ("untrained", "contrastive-0", "seed-0")
-        cells = [cell(f"small/{run}", "dense", *names) for run in runs]
-        sides = [(f"small/{run}", "dense") for run in ("seed-0", "contrastive-0")]
-        yield line(title, *cells, paired(title, *sides) if len(names) == 1 else "")
+        runs = [f"small/{run}" for run in ("contrastive-0", "replug-0")]
+        cells = [cell(run, "dense", *names) for run in ("small/untrained", *runs)]
+        cells.append(span(ndcg("small/seed-?", "dense", *names)))
+        if len(names) == 1:
+            cells += [paired(title, ("small/seed-?", "dense"), (run, "dense")) for run in runs]
+        yield line(*[title, *cells, "", ""][:7])
+
+
+def averaged():
+    """The retrievers of five seeds in one."""
+    yield from head(
+        "| | five seeds | their average | average - five | five, with BM25 `--english` "
+        "| average, with it |"
+    )
+    five, average = "small/seed-?", "small/average"
+    for title, names in ROWS:
+        cells = [span(ndcg(five, "dense", *names)), cell(average, "dense", *names)]
+        one = len(names) == 1
+        cells.append(paired(title, (average, "dense"), (five, "dense")) if one else "")
+        yield line(title, *cells, span(ndcg(five, "fused", *names)), cell(average, "fused", *names))
 
 
 RUNS = json.loads((RAW / "small/pilots.json").read_text())
@@ -295,8 +326,8 @@ def toy_ablations():
         yield line(title, *(f"{values[500]:.4f}" for values in found))
 
 
-TABLES = [toy, recipe, gains, hour, hour_end, pilots, contrastive_pilots, contrastive]
-TABLES += [own_texts, torch_source, rounding, toy_ablations]
+TABLES = [toy, recipe, gains, averaged, hour, hour_end, pilots, contrastive_pilots, replug_pilots]
+TABLES += [others, own_texts, torch_source, rounding, toy_ablations]
 
 if __name__ == "__main__":
     for table in [*TABLES, claims]:
