@@ -764,8 +764,9 @@ def train(args, device, rank, world_size):
     if first_step == 0 and args.pooling == "mean" and not given:
         with autocast():
             some = map(batch_of, range(min(STANDARD_GROUPS, n_groups)))
-            # the copy has the same mean and std, so they are set in both
-            whole_retriever(revela.retriever, device).standardise(some)  # by `eval()`
+            # the copy has the same mean and std, so they are set in both. What is in eval mode
+            # after this goes back to training in `report`
+            whole_retriever(revela.retriever, device).standardise(some)
     if first_step == 0:
         report(0)
     update_args = optimizer, args.max_grad_norm, autocast, device, world_size
