@@ -131,6 +131,18 @@ def readme():
     yield line("torch's source", "–", untrained, *trained, *bm25, both)
 
 
+def sizes():
+    """Groups of 8 and of 16, as many passages, seed 0."""
+    yield from head(
+        "| passages in a group | updates | adi | cranfield | cisi | cacm | mean of three "
+        "| with BM25 `--english` |"
+    )
+    for run in ("small/size8-0", "small/seed-0"):
+        settings = [str(config(run)[key]) for key in ("train_group_size", "max_steps")]
+        cells = [cell(run, "dense", *names) for _, names in ROWS]
+        yield line(*settings, *cells, cell(run, "fused", *DATA))
+
+
 def own(system, *names):
     """nDCG@10 of each seed, a mean over `names`, after training on each one's own documents."""
     each = [ndcg(f"small/own-{name}-?", system, name) for name in names]
@@ -323,7 +335,7 @@ def toy_ablations():
 
 
 TABLES = [toy, recipe, gains, averaged, hour, hour_end, pilots, contrastive_pilots, contrastive]
-TABLES += [replug_pilots, own_texts, torch_source, rounding, toy_ablations]
+TABLES += [replug_pilots, sizes, own_texts, torch_source, rounding, toy_ablations]
 
 if __name__ == "__main__":
     for table in [*TABLES, claims]:
