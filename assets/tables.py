@@ -211,7 +211,7 @@ def contrastive_pilots():
 def replug_pilots():
     """REPLUG, chosen the same way: 40 updates, seed 0."""
     yield from head("| τ | β | learning rate | adi | med |")
-    for run in ("r-.1-.1-6e-4", "r-.1-.03-2e-4", "r-.1-.01-2e-4"):
+    for run in ("r-.1-.1-6e-4", "r-.1-.03-2e-4", "r-.1-.01-2e-4", "r-.1-.003-2e-4"):
         values = config(f"small/{run}")
         rate = f"{values['learning_rate']:.0e}".replace("e-0", "e-")
         temperatures = [str(values[key]) for key in ("attn_temperature", "lm_temperature")]
