@@ -589,9 +589,8 @@ class Replug(Revela):
     def likelihood(self, text, contexts):
         """The mean log-likelihood of the second half of `text` after each of B contexts: [B]."""
         device = self.lm.embed_tokens.weight.device
-        ids, mask = (
-            x.to(device) for x in pad([context + text for context in contexts], 0)
-        )  # [B, T]
+        ids, mask = pad([context + text for context in contexts], 0)  # [B, T]
+        ids, mask = ids.to(device), mask.to(device)
         m = len(text) - len(text) // 2
         at = mask.sum(1, keepdim=True) - m + torch.arange(m, device=device)  # [B, m]: the last m
         hidden = self.lm(ids).take_along_dim(at[..., None] - 1, 1)  # [B, m, D]: predict these

@@ -38,6 +38,10 @@ def config(run):
     return json.loads((RAW / f"{run}-config.json").read_text())
 
 
+def rate(values):
+    return f"{values['learning_rate']:.0e}".replace("e-0", "e-")
+
+
 def ndcg(runs, system, *names):
     """nDCG@10, a mean over the data `names`, of each run that has them."""
     tables = [table for table in read(runs) if all((name, system) in table for name in names)]
@@ -200,9 +204,8 @@ def contrastive_pilots():
     for run in [*runs, "c-sim-.1-lr2e-4", "c-sim-.05-lr7e-5"]:
         values = config(f"small/{run}")
         kind = "at random" if "rand" in run else "alike"
-        rate = f"{values['learning_rate']:.0e}".replace("e-0", "e-")
         cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
-        yield line(kind, str(values["attn_temperature"]), rate, *cells)
+        yield line(kind, str(values["attn_temperature"]), rate(values), *cells)
     for title, run in (("*mean, untrained*", "untrained"), ("*Revela, seed 0*", "0")):
         cells = [cell(f"small/short-{run}", "dense", name) for name in ("adi", "med")]
         yield line(title, "", "", *cells)
@@ -213,10 +216,9 @@ def replug_pilots():
     yield from head("| τ | β | learning rate | adi | med |")
     for run in ("r-.1-.1-6e-4", "r-.1-.03-2e-4", "r-.1-.01-2e-4", "r-.1-.003-2e-4"):
         values = config(f"small/{run}")
-        rate = f"{values['learning_rate']:.0e}".replace("e-0", "e-")
         temperatures = [str(values[key]) for key in ("attn_temperature", "lm_temperature")]
         cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
-        yield line(*temperatures, rate, *cells)
+        yield line(*temperatures, rate(values), *cells)
 
 
 def contrastive():
