@@ -672,10 +672,19 @@ def barrier():
         dist.barrier()
 
 
-def leave(code=0):
+def leave(code=None):
     """End this process without Python's shutdown, in which one of gloo's threads may abort it."""
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(code or 0)
+
+
+def command(main):
+    """Run the `main` of a file. A user's mistake ends it with one line."""
+    try:
+        code = main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    leave(code)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -727,7 +736,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+    command(main)

@@ -40,9 +40,9 @@ from data import (
     PREFIX,
     UNSPACED,
     barrier,
+    command,
     find,
     flags_given,
-    leave,
     new,
     read_collections,
     read_json,
@@ -581,8 +581,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
-    leave()
+    command(main)

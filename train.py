@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -51,11 +52,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from data import (
     Groups,
     barrier,
+    command,
     find,
     flags_given,
     fsync,
     group_order,
-    leave,
     out_of_memory,
     read_collections,
     read_json,
@@ -495,12 +496,7 @@ def peak_memory(device):
     """The most memory that this process has held so far, in GB: of the GPU, else of RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with suppress(OSError, IndexError):  # on Linux, where ru_maxrss begins with the parent's
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9  # it is in KiB
-    import resource  # here, since Windows lacks it
-
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
@@ -828,8 +824,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    leave(code)
+    command(main)

@@ -249,8 +249,8 @@ def averaged():
 
 RUNS = json.loads((RAW / "small/pilots.json").read_text())
 PILOTS = {
-    "b-noeos": "documents alike by BM25 (`--similar`)",
-    "b-sim-s1": "the same",
+    "b-noeos": "the recipe: documents alike by BM25 (`--similar`)",
+    "b-sim-s1": "the recipe",
     "f-rand4": "documents at random, with 4 passages or more",
     "b-rand4-s1": "the same",
     "f-hard": "documents alike by the untrained retriever",
@@ -266,11 +266,11 @@ PILOTS = {
 def pilots():
     """60 updates each, by what differs."""
     rows = {row["run"]: row for row in RUNS if row["update"] == 60}
-    yield from head("| run | | seed | adi | med | held-out gain |")
+    yield from head("| what differs | seed | adi | med | held-out gain | in `pilots.json` |")
     for run, what in PILOTS.items():
         row = rows[run]
         values = [f"{row[key]:.3f}" for key in ("adi", "med", "gain")]
-        yield line(f"`{run}`", what, str(row["seed"]), *values)
+        yield line(what, str(row["seed"]), *values, f"`{run}`")
 
 
 def claims():
