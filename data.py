@@ -6,7 +6,7 @@ documents, {"text": ...} on a line of its own each, become groups by
 
     python data.py --docs docs.jsonl --out groups.jsonl
 
-Further down: test collections, the toy world, the readers of files that may be a stranger's, and
+Further down: test collections, the toy world, the readers of files that are not to be trusted, and
 what all commands share: flags, processes.
 """
 
@@ -64,7 +64,7 @@ class Groups(torch.utils.data.Dataset):
         self.file, self.size = str(file), size
         self.checksum = 0  # by which a resumed run notices other data
         self.offsets, position = array("q"), 0
-        with open(existing(file), "rb") as lines:
+        with open(must_exist(file), "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     parse_group(line, f"{file}:{number}", size)
@@ -84,12 +84,11 @@ class Groups(torch.utils.data.Dataset):
 
 
 def group_order(n, seed, first, last, rank=0, world_size=1, accumulation=1, batch_size=1):
-    """Yield the numbers of this rank's groups, below n: a list of `batch_size` a micro-batch.
+    """Yield, for each micro-batch of updates `first` to `last` - 1, this rank's group numbers.
 
-    It is for the micro-batches of updates `first` to `last` - 1. Each epoch is a permutation that
-    depends on (seed, epoch) alone. An update takes the next world_size * accumulation * batch_size
-    of it. So a run can be resumed, and what an update reads does not depend on how that product is
-    split.
+    They are a list of `batch_size` numbers below n. Each epoch is a permutation that depends on
+    (seed, epoch) alone. An update takes the next world_size * accumulation * batch_size numbers of
+    it. So a run can be resumed, and how that product is split does not change what an update reads.
     """
 
     @lru_cache(1)
@@ -182,8 +181,8 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
     """List groups of `size` passages: a run from each of size / run_length similar documents.
 
     A run is `run_length` consecutive passages; what is left of a document is not used. The first
-    document of a group is drawn at random. The others are, of its `nearest`, those most like it
-    that still have a run. Alike is what BM25 finds with the whole document as a query. Documents
+    document of a group is drawn at random. Then come its most similar ones that have an unused run,
+    out of its `nearest`. Similar is what BM25 finds with the whole document as a query. Documents
     meet in blocks of `block`, so that the time grows linearly.
     """
     from eval import BM25  # here, since eval imports this file
@@ -222,56 +221,6 @@ def read_documents(file):
         yield number, doc
 
 
-def read_text(file):
-    """The text of a file: UTF-8, UTF-16 with a mark, else Windows-1252; "" if it is no text."""
-    raw = file.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # the mark
-        return raw.decode("utf-16", "replace")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        if b"\0" not in raw:
-            return raw.decode("cp1252", "replace")
-        note(f"{file} is no text, and left out")
-        return ""
-
-
-def read_passages(path):
-    """[(source, passage)] of a folder of text files, one such file, or a file of JSON lines.
-
-    Raises ValueError if there is no text.
-    """
-    path, texts = Path(path), []
-    if re.search(r"\.jsonl(\.gz)?$", path.name):
-        for number, doc in read_documents(path):
-            text = f"{doc.get('title') or ''} {doc['text']}"
-            texts.append((str(doc.get("_id", number)), text))
-    elif path.is_dir():
-        files = files_under(path, set())
-        texts = [(str(file.relative_to(path)), read_text(file)) for file in files]
-    else:
-        texts = [(path.name, read_text(existing(path)))]
-    passages = [(source, passage) for source, text in texts for passage in split_passages(text)]
-    if not passages:
-        raise ValueError(f"{path} holds no text")
-    return passages
-
-
-def files_under(folder, seen):
-    """Yield the files of a folder in order, then those of the folders in it; no hidden ones.
-
-    Links are followed, but no folder is entered twice: `seen` holds those that were.
-    """
-    seen.add(folder.resolve())
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
-        if path.name.startswith("."):
-            continue
-        if path.is_file():
-            yield path
-        elif path.is_dir() and path.resolve() not in seen:
-            yield from files_under(path, seen)
-
-
 # --------------------------------------------------------------------------------------------------
 # test collections
 
@@ -281,8 +230,8 @@ def read_beir(folder, split="test"):
 
     corpus {docid: title + text}, queries {qid: text}, qrels {qid: {docid: grade}}. Only queries
     with a relevant document are kept. A judged document that is not in the corpus is never found; a
-    judged query that has no text is left out; both are said. Raises ValueError or FileNotFoundError
-    that names file and line.
+    judged query that has no text is left out; a printed note says so. Raises ValueError or
+    FileNotFoundError that names file and line.
     """
     folder = Path(folder)
     corpus, queries = read_texts(folder / "corpus.jsonl"), read_texts(folder / "queries.jsonl")
@@ -335,15 +284,15 @@ def read_texts(file):
 def read_qrels(file):
     """{qid: {docid: grade}} of lines "qid docid grade", or TREC's "qid 0 docid grade".
 
-    Columns are separated by tabs or spaces. A first line whose last has no digit is a header.
+    Columns are separated by tabs or spaces. A first line without a digit is a header.
     """
     qrels = {}
-    for number, line in enumerate(existing(file).read_bytes().splitlines(), 1):
+    for number, line in enumerate(must_exist(file).read_bytes().splitlines(), 1):
         where = f"{file}:{number}"
-        with reading(where, "is not UTF-8"):
+        with blame(where, "is not UTF-8"):
             line = line.decode("utf-8-sig")
         fields = [field.strip(" ") for field in line.split("\t" if "\t" in line else None)]
-        header = number == 1 and not re.search(r"\d", fields[-1])
+        header = number == 1 and not re.search(r"\d", line)
         if header or not line.strip():
             continue
         if len(fields) == 4 and fields[1] in ("0", "Q0"):
@@ -406,7 +355,7 @@ WORDINGS = {
 def tell(rng, name, tellings):
     """Yield passages about `name`: three of four facts in changing words.
 
-    The facts are drawn anew at each call. So nothing but a group's other passages tells of them.
+    The facts are drawn anew at each call. So only other passages of the same group reveal them.
     """
     facts = {what: rng.choice(values) for what, values in FACTS.items()}
     for _ in range(tellings):
@@ -474,8 +423,8 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
 
 
 # --------------------------------------------------------------------------------------------------
-# files. A folder may come from a stranger: nothing in it is code, and only regular files are read.
-# Links are followed: the hub's cache is made of them.
+# files. They are not to be trusted: nothing in them is code, and only regular files are read. Links
+# are followed: the hub's cache is made of them.
 
 # All that is ever read of a model's folder; nothing else is fetched from the hub.
 FILES = """config.json model.safetensors model-*.safetensors model.safetensors.index.json
@@ -483,7 +432,7 @@ tokenizer.json tokenizer_config.json adapter_config.json adapter_model.safetenso
 sentence_bert_config.json pooling.safetensors 1_Pooling/config.json""".split()
 
 
-def find(name):
+def model_folder(name):
     """The folder of `name`: a folder, or a model of the hub, "org/name" or "org/name@revision".
 
     The hub's cache and its variables (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) are respected. Raises
@@ -506,20 +455,23 @@ def find(name):
 
 
 def brief(text):
-    """Make `text`, which may be a stranger's, one short line that a terminal shows as it is."""
+    """Make `text`, which is not to be trusted, one short line that a terminal shows as it is."""
     return repr(str(text))[1:-1][:200]
 
 
 @contextmanager
-def reading(where, failed):
-    """Turn whatever fails inside into one ValueError of one line: "{where} {failed}: ..."."""
+def blame(where, failed):
+    """Turn whatever fails inside into one ValueError of one line: "{where} {failed}: ...".
+
+    An error that already begins with `where` passes as it is.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):  # the last: `read_lines` yields inside
         raise
     except BaseException as error:  # a panic of Rust is no Exception
         if str(error).startswith(str(where)):
-            raise  # it names the place itself
+            raise
         raise ValueError(f"{where} {failed}: {brief(error) or type(error).__name__}") from None
 
 
@@ -535,7 +487,7 @@ def out_of_memory(where, advice):
         raise ValueError(f"out of memory {where} ({reason}). {advice}") from None
 
 
-def existing(file):
+def must_exist(file):
     """Return `file`. Raises FileNotFoundError unless it is a regular file."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist, or is no file")
@@ -548,13 +500,13 @@ def parse(line, where):
     def refuse(name):  # NaN and Infinity
         raise ValueError(f"{name} is no number of JSON")
 
-    with reading(where, "is not JSON in UTF-8"):
+    with blame(where, "is not JSON in UTF-8"):
         return json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
 
 
 def read_json(file):
     """The JSON object in `file`. Raises FileNotFoundError or ValueError that name it."""
-    value = parse(Path(existing(file)).read_bytes(), file)
+    value = parse(Path(must_exist(file)).read_bytes(), file)
     if not isinstance(value, dict):
         raise ValueError(f"{file}: need a JSON object, got {type(value).__name__}")
     return value
@@ -562,20 +514,20 @@ def read_json(file):
 
 def read_safetensors(file):
     """{name: tensor} of one file. Raises FileNotFoundError or ValueError that name it."""
-    with reading(existing(file), "is damaged or incomplete"):
+    with blame(must_exist(file), "is damaged or incomplete"):
         return load_file(file)
 
 
 def read_lines(file):
     """(line number, JSON value) of each non-empty line of a JSON-lines file, gzipped or not."""
     opened = gzip.open if str(file).endswith(".gz") else open
-    with reading(file, "cannot be read"), opened(existing(file), "rb") as lines:
+    with blame(file, "cannot be read"), opened(must_exist(file), "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield number, parse(line, f"{file}:{number}")
 
 
-def new(path):
+def must_be_new(path):
     """Return `path`, or None. Raises ValueError if it exists, or if its folder does not."""
     if path and Path(path).exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
@@ -598,6 +550,11 @@ def write(file, text):
     fsync(partial)
     os.replace(partial, file)
     fsync(file.parent)
+
+
+def write_json(file, value):
+    """Replace `file` by `value` atomically."""
+    write(file, json.dumps(value, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -656,7 +613,7 @@ def setup(device=None):
     device = device or here[0]
     if device.split(":")[0] not in here:
         raise ValueError(f"--device {device} is not there; here are: {', '.join(here)}")
-    if "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return torch.device(device), 0, 1
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -705,7 +662,7 @@ def main():
     args = argparse.Namespace(**defaults | given)
     if not args.docs or not args.out:
         raise ValueError("--docs and --out are needed")
-    new(args.out)
+    must_be_new(args.out)
     run_length = min(args.run_length, args.group_size)
     make_groups = group_by_document
     if args.similar:

@@ -41,14 +41,17 @@ from data import (
     UNSPACED,
     barrier,
     command,
-    find,
     flags_given,
-    new,
+    model_folder,
+    must_be_new,
+    must_exist,
+    note,
     read_collections,
+    read_documents,
     read_json,
-    read_passages,
     setup,
-    write,
+    split_passages,
+    write_json,
 )
 from model import merge_lora, save_model
 from revela import POOLING, Retriever, save_pooling
@@ -152,8 +155,8 @@ def without_itself(collection, qid, pairs, k):
     """{docid: score} of the first k of `pairs`, without the document that is the query itself.
 
     As in BEIR, that is the document with the query's id. But queries and documents are often both
-    numbered from 1. So it must have the query's text, too, perhaps after a shorter title, and not
-    be judged relevant.
+    numbered from 1. So two things more must hold: its text is the query's, perhaps after a shorter
+    title; and it is not judged relevant.
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
@@ -294,18 +297,68 @@ def show(run, collection, n=3, depth=3):
             print(f"    {star} {run[qid][docid]:.3f}  {corpus[docid]}")
 
 
+def read_passages(path):
+    """[(source, passage)] of a folder of text files, one such file, or a file of JSON lines.
+
+    Raises ValueError if there is no text.
+    """
+    path, texts = Path(path), []
+    if re.search(r"\.jsonl(\.gz)?$", path.name):
+        for number, doc in read_documents(path):
+            text = f"{doc.get('title') or ''} {doc['text']}"
+            texts.append((str(doc.get("_id", number)), text))
+    elif path.is_dir():
+        files = files_under(path, set())
+        texts = [(str(file.relative_to(path)), read_text(file)) for file in files]
+    else:
+        texts = [(path.name, read_text(must_exist(path)))]
+    passages = [(source, passage) for source, text in texts for passage in split_passages(text)]
+    if not passages:
+        raise ValueError(f"{path} holds no text")
+    return passages
+
+
+def read_text(file):
+    """The text of a file: UTF-8, UTF-16 with a mark, else Windows-1252; "" if it is no text."""
+    raw = file.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # the mark
+        return raw.decode("utf-16", "replace")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if b"\0" not in raw:
+            return raw.decode("cp1252", "replace")
+        note(f"{file} is no text, and left out")
+        return ""
+
+
+def files_under(folder, seen):
+    """Yield the files of a folder in order, then those of the folders in it; no hidden ones.
+
+    Links are followed, but no folder is entered twice: `seen` holds those that were.
+    """
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in seen:
+            yield from files_under(path, seen)
+
+
 def interactive(args, retriever, progress=False, **encode):
     """Answer questions from stdin with the five best passages, until an empty line.
 
-    With --vectors they are kept under a hash of the passages and of one text's vector, by which the
-    next run finds them.
+    With --vectors the passages' vectors are kept for the next run. Their file's name has a hash of
+    the passages and of the model, for which the vector of a fixed text stands.
     """
     sources, passages = zip(*read_passages(args.interactive))
     corpus = dict(enumerate(passages))
     if args.bm25:
         index = BM25(passages, args.english, args.identifiers)
     if retriever:
-        probe = retriever.encode(["a text"], **encode).tolist()  # another model, another vector
+        probe = retriever.encode(["a text"], **encode).tolist()
         made_from = json.dumps([probe, encode["max_len"], passages]).encode()
         name = Path(args.interactive).resolve().name
         digest = hashlib.sha256(made_from).hexdigest()[:16]
@@ -339,11 +392,6 @@ def interactive(args, retriever, progress=False, **encode):
 # to others: sentence-transformers, mteb
 
 
-def write_json(file, value):
-    """Replace `file` by `value` atomically."""
-    write(file, json.dumps(value, indent=1) + "\n")
-
-
 def write_encoding(folder, max_len=512):
     """Say in `folder`, in sentence-transformers' words, how texts become vectors.
 
@@ -363,7 +411,7 @@ def read_max_len(folder):
 
     sentence-transformers keeps it among the tokenizer's values when it saves a folder again.
     """
-    folder = find(folder)
+    folder = model_folder(folder)
     file, name = folder / "sentence_bert_config.json", "max_seq_length"
     tokenizers_own = folder / "tokenizer_config.json"
     if not file.exists():
@@ -382,8 +430,8 @@ def read_max_len(folder):
 def export(retriever, folder, max_len=512):
     """Write a Hugging Face checkpoint that `SentenceTransformer(folder)` encodes with as we do.
 
-    The tokenizer appends the EOS itself. With mean pooling it does not, since the mean leaves it
-    out, and a Dense layer standardises. Merges LoRA into the retriever's weights.
+    With EOS pooling the tokenizer appends the EOS. With mean pooling nothing is appended, and a
+    Dense layer standardises. Merges LoRA into the retriever's weights.
     """
     folder, ours = Path(folder), retriever.tokenizer
     if ours is None:
@@ -479,7 +527,7 @@ FLAGS = {
     "out": (None, "JSON file of results to write; must not exist"),
     "vectors": (
         None,
-        "folder to keep passages' vectors in, a part of them in memory; --data: a new file",
+        "folder for passages' vectors, memory-mapped; --interactive finds them there again",
     ),
     "max_len": (0, "tokens of a text that are read, EOS included; 0: as the model says, else 512"),
     "top_k": (1000, "documents retrieved for each query", 100),
@@ -506,8 +554,8 @@ def parse_args(argv=None):
         raise ValueError("--mteb needs the package mteb: pip install 'mteb>=2'")
     if args.max_len == 1:
         raise ValueError("--max_len is 1; need at least 2, or 0: as the model says")
-    new(args.out)
-    new(args.export)
+    must_be_new(args.out)
+    must_be_new(args.export)
     return args
 
 
@@ -531,8 +579,8 @@ def evaluate(args, retriever, options, say):
     if args.vectors:
         for name in collections:
             file = f"{name.replace('/', '_')}.npy"
-            files[name] = new(Path(args.vectors, file))
-    if collections:
+            files[name] = must_be_new(Path(args.vectors, file))
+    if collections or args.mteb:
         say(HEAD)
     for name, collection in collections.items():
         corpus, queries, qrels = collection

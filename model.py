@@ -16,8 +16,10 @@ Shapes, here and in the other files:
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +27,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import brief, find, note, read_json, read_safetensors, reading, write
+from data import blame, brief, model_folder, note, read_json, read_safetensors, write
 
 
 @dataclass
 class LlamaConfig:
-    """The fields of Hugging Face's config.json that decide what the decoder computes."""
+    """The fields of Hugging Face's config.json that the decoder needs, or that we write back."""
 
     vocab_size: int
     hidden_size: int
@@ -53,7 +55,7 @@ class LlamaConfig:
     @classmethod
     def from_pretrained(cls, path):
         """Read `path`/config.json. Raises ValueError that names a field we do not implement."""
-        return cls(**read_config(find(path)))
+        return cls(**read_config(model_folder(path)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,9 +131,9 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
-# The device where attention is written out. In bfloat16 that takes a quarter of the time of torch's
-# scaled_dot_product_attention there (forward and backward, T = 160), and as long in float32.
-WRITTEN_OUT = "cpu"
+# On this device attention is written out. In bfloat16 that takes a quarter of the time of torch's
+# scaled_dot_product_attention (forward and backward, T = 160), in float32 as long.
+WRITTEN_OUT_ON = "cpu"
 
 
 def causal_attention(q, k, v):
@@ -140,7 +142,7 @@ def causal_attention(q, k, v):
     q [N, H, T, d], k and v [N, H_kv, T, d] -> [N, H, T, d]. A key/value head serves H / H_kv query
     heads, which are stacked along T for one matmul. Padding comes last, so that nobody sees it.
     """
-    if q.device.type != WRITTEN_OUT:
+    if q.device.type != WRITTEN_OUT_ON:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     N, H, T, d = q.shape
     rows = q.reshape(N, k.shape[1], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
@@ -204,8 +206,9 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read(own, q) gets the causal attention and the queries; `o_proj` gets what it returns
-        instead of own. All are [N, H, T, d]. kv_only: only keys and values are wanted; x stays.
+        read      function (own, q) -> what `o_proj` gets; without: own, the causal attention. All
+                  are [N, H, T, d]
+        kv_only   only keys and values are wanted: x is returned as it is
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         if kv_only:
@@ -241,7 +244,7 @@ class Llama(nn.Module):
         `dtype` is what the weights are kept in, whatever the file has. Raises ValueError that names
         a tensor which is missing, left over, or of another shape.
         """
-        folder = find(path)
+        folder = model_folder(path)
         with torch.device("meta"):
             model = cls(LlamaConfig.from_pretrained(folder), head)
         tensors, tied = [], None
@@ -270,8 +273,8 @@ class Llama(nn.Module):
     def forward(self, ids, mask=None):
         """ids [N, T] int64 -> hidden states [N, T, D] after the final norm.
 
-        mask [N, T], true at real tokens, may be left out: it is only checked that they come first.
-        Then causal attention never shows them a padding token. What is at padding is of no use.
+        No mask is needed: padding is on the right, where causal attention sees none of it. If mask
+        [N, T], true at real tokens, is given, this is checked. What is at padding is of no use.
         """
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("mask has padding before a real token; pad on the right")
@@ -378,12 +381,12 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
     return (w * C).sum(2).to(q.dtype)  # [G, B, H, T, d]
 
 
-# the same, fast. First, V-norm is ordinary attention in disguise. With n_u = |v_ju| + 1e-6, and
-# because the a_u sum to one,
+# the same, fast. First, V-norm is ordinary attention in disguise. Let n_u = |v_ju| + 1e-6. The a_u
+# sum to one, so the divisor of C_ij is sum_u a_u n_u, and
 #
-#     C_ij[t] = sum_u b_u (v_ju / n_u),   b = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
+#     C_ij[t] = sum_u b_u (v_ju / n_u),   b_u = a_u n_u / sum_u a_u n_u
+#                                             = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
 #
-# since b_u = a_u n_u / sum_u a_u n_u: n_u cancels, and the divisor is the mean length + 1e-6.
 # So V-norm costs one bias for each key. Padding is the same bias at minus infinity. Second, w_ij
 # goes into the values, and the sum over j into the matmul that sums over u. Third, a passage whose
 # weight is next to nothing is left out: `in_batch_plan` says who reads whom.
@@ -395,15 +398,14 @@ NEGLIGIBLE = 1e-8
 MAX_SCORES = 2**24  # attention scores that exist at once: 64 MiB in float32
 
 
-def in_batch_plan(weights, scores_of_a_pair, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
-    """Who reads whom: a list of (i [b], j [b, n]), where passage i[x] reads the passages j[x].
+def in_batch_plan(weights, H, T, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
+    """Who reads whom: a list of parts (i [b], j [b, n]), in which passage i[x] reads passages j[x].
 
-    Passages of all groups are numbered from 0 to N-1. Those that read about as many others, by
-    weights above `negligible`, share a part. All i of a part read n passages, the most that any of
-    them needs. A part has at most `max_scores` scores, or one i. Where all weights count, parts are
-    of b passages with all others; where each row is one-hot, there is one part with n = 1.
+    Passages of all groups are numbered from 0 to N-1, and sorted by how many weights above
+    `negligible` they have. This list is cut into parts of at most `max_scores` attention scores, or
+    of one passage. In a part all read as many others, n: what the first of them needs, by weight.
     """
-    B, max_pairs = weights.shape[-1], max_scores // scores_of_a_pair
+    B, max_pairs = weights.shape[-1], max_scores // (H * T * T)
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
     counts = (w > negligible).sum(1).clamp(min=1)  # [N]; a row of zeros reads something, too
     counts, rows = counts.sort(descending=True)  # rows: passages, those that read most come first
@@ -437,7 +439,7 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 
     def passages(x, j):
         """x[j] as [b, H_kv, n, T, ...]."""
-        # not x[j], whose backward pass adds one number after the other
+        # not x[j]: its backward pass is slow
         return x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
 
     def attend(i, j):
@@ -457,45 +459,54 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 
 
 # --------------------------------------------------------------------------------------------------
-# files: Hugging Face checkpoints and PEFT adapters. A folder may come from a stranger: what we do
-# not compute is refused by name, and no file leads out of its folder.
+# files: Hugging Face checkpoints and PEFT adapters. They are not to be trusted: what we do not
+# compute is refused by name, and no file leads out of its folder.
 
-# {fields: rules}. {"head_dim": [None, SIZE]}: it may be unset, or a positive integer. A rule is a
-# value, a range, or a sentence that has a test in TESTS.
-
-SIZE, ID = range(1, 10**7), range(-1, 10**9)
-NUMBER, SHARE = "a number from 1e-29 to 1e15", "a number from 0 to less than 1"
-OBJECT, IDS = "an object", "a list of token ids"
-FULL, TARGETS = 'a list of "full_attention"', f"a list out of {', '.join(LORA_TARGETS)}"
-TESTS = {
-    NUMBER: lambda x: type(x) in (int, float) and 1e-29 <= x <= 1e15,  # type(): True is an int
-    SHARE: lambda x: type(x) in (int, float) and 0 <= x < 1,
-    OBJECT: lambda x: type(x) is dict,
-    IDS: lambda x: type(x) is list and x != [] and all(fits(i, ID) for i in x),
-    FULL: lambda x: type(x) is list and x == ["full_attention"] * len(x),
-    TARGETS: lambda x: type(x) is list and x != [] and all(name in LORA_TARGETS for name in x),
-}
+# The tables below are {fields: what each of them may be}. {"head_dim": [None, SIZE]}: it may be
+# unset, or what the rule SIZE says.
 
 
-def fits(value, rule):
-    """Whether `value` is what `rule` says."""
-    if isinstance(rule, range):
-        return type(value) is int and value in rule
-    return TESTS[rule](value) if rule in TESTS else value == rule
+class Rule(NamedTuple):
+    need: str  # in words
+    types: list  # one of which the value has; True is no int here
+    test: Callable  # and what else holds of it
+
+    def fits(self, x):
+        return type(x) in self.types and self.test(x)
+
+
+SIZE = Rule("a positive integer", [int], lambda x: 1 <= x < 10**7)
+LAYERS = Rule("an integer from 1 to 999", [int], lambda x: 1 <= x < 1000)
+ID = Rule("a token id", [int], lambda x: -1 <= x < 10**9)
+IDS = Rule("a list of token ids", [list], lambda x: x != [] and all(map(ID.fits, x)))
+NUMBER = Rule("a number from 1e-29 to 1e15", [int, float], lambda x: 1e-29 <= x <= 1e15)
+SHARE = Rule("a number from 0 to less than 1", [int, float], lambda x: 0 <= x < 1)
+OBJECT = Rule("an object", [dict], lambda x: True)
+FULL = Rule('a list of "full_attention"', [list], lambda x: x == ["full_attention"] * len(x))
+TARGETS = Rule(
+    f"a list out of {', '.join(LORA_TARGETS)}",
+    [list],
+    lambda x: x != [] and all(name in LORA_TARGETS for name in x),
+)
+# Fields that change nothing here.
+IGNORED = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
+    max_window_layers megatron_core peft_version pretraining_tp qalora_group_size revision
+    sliding_window task_type torch_dtype transformers_version use_cache""".split()
 
 
 def check(where, raw, rules):
-    """Raise ValueError that names a field of `raw` which fits none of its rules.
+    """Raise ValueError that names a field of `raw` which is none of what `rules` allow for it.
 
-    Returns the names of the fields that are set and have no rule, in one line.
+    A key of `rules` may hold several names. Returns the names of the fields that are set and have
+    no rule, in one line.
     """
     unknown = {name for name in raw if raw[name]} - set(IGNORED)
     for names, allowed in rules.items():
         for name in names.split():
             value = raw.get(name)
-            if not any(fits(value, rule) for rule in allowed):
-                need = " or ".join("unset" if rule is None else str(rule) for rule in allowed)
-                need = need.replace("range", "an integer in range")
+            if not any(x.fits(value) if isinstance(x, Rule) else x == value for x in allowed):
+                words = [x.need if isinstance(x, Rule) else str(x) for x in allowed]
+                need = " or ".join(words).replace("None", "unset")
                 raise ValueError(f"{where} {name} is {value!r:.80}; need {need}")
             unknown.discard(name)
     return brief(", ".join(sorted(unknown)))
@@ -506,7 +517,7 @@ CONFIG = {
     "model_type": ["llama", "qwen2", "qwen3"],
     "vocab_size hidden_size intermediate_size num_attention_heads": [SIZE],
     "num_key_value_heads head_dim max_position_embeddings": [None, SIZE],
-    "num_hidden_layers": [range(1, 1000)],
+    "num_hidden_layers": [LAYERS],
     "rms_norm_eps rope_theta initializer_range": [None, NUMBER],
     "rope_scaling rope_parameters": [None, OBJECT],
     "bos_token_id pad_token_id": [None, ID],
@@ -537,10 +548,6 @@ ADAPTER = {
     # others (pissa, olora ...) change the base's weights
     "init_lora_weights": [None, False, True, "gaussian", "eva", "orthogonal"],
 }
-# Fields of both files that change nothing here.
-IGNORED = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
-    max_window_layers megatron_core peft_version pretraining_tp qalora_group_size revision
-    sliding_window task_type torch_dtype transformers_version use_cache""".split()
 
 
 def read_config(folder):
@@ -589,7 +596,7 @@ def read_tensors(folder):
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     shards = {file.name}
     if not file.exists() and index.exists():
-        with reading(index, "weight_map must name .safetensors files of this folder"):
+        with blame(index, "weight_map must name .safetensors files of this folder"):
             shards = set(read_json(index)["weight_map"].values())
             for shard in shards:
                 if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
@@ -602,7 +609,7 @@ def read_tensors(folder):
 
 
 def load_strictly(model, tensors, source, device, dtype):
-    """Fill what `model` has on the meta device: all of it, or LoRA matrices that were just added.
+    """Give the parameters of `model` that are on the meta device their tensors.
 
     `tensors`: pairs of name and tensor. They become `dtype` on `device`. A name may begin as in
     peft or in a model with a head, and may hold an adapter's name (".default"). Raises ValueError
@@ -635,7 +642,7 @@ def load_adapter(llama, folder):
 
     Raises ValueError that names a field or tensor of what is more than plain LoRA.
     """
-    folder = find(folder)
+    folder = model_folder(folder)
     file = folder / "adapter_config.json"
     config = read_json(file)
     if unknown := check(f"{file}:", config, ADAPTER):

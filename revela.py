@@ -5,7 +5,7 @@ Its blocks read the other passages, too, and the retriever decides how much of e
 it needs the right passages in view. So its next-token loss teaches the retriever what is relevant.
 
     1. embed        p_i = unit(retriever("passage: " D_i EOS))
-                    q_i = unit(retriever("query: " D_i EOS)), or half of these tokens and EOS
+                    q_i = unit(retriever("query: " first half of D_i, EOS))
     2. similarity   s_ij = q_i . p_j,    w_i = softmax over j != i of s_ij / tau
     3. two streams  of the same language model, each passage at positions 0 to T-1 in both
                     context stream:   the plain causal pass; leaves keys and values K_j, V_j in
@@ -38,8 +38,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# of data's: `reading` makes one sentence of any failure, `existing` and `new` check a path
-from data import PREFIX, existing, find, new, out_of_memory, read_json, read_safetensors, reading
+from data import (
+    PREFIX,
+    blame,
+    model_folder,
+    must_be_new,
+    must_exist,
+    out_of_memory,
+    read_json,
+    read_safetensors,
+)
 from model import (
     NEGLIGIBLE,
     SIZE,
@@ -77,8 +85,8 @@ class Retriever(nn.Module):
         llama = Llama.from_pretrained(base, dtype, device, head=False)
         if adapter:
             load_adapter(llama, adapter)
-        has_tokenizer = (find(base) / "tokenizer.json").exists()
-        folder = find(adapter or base)
+        has_tokenizer = (model_folder(base) / "tokenizer.json").exists()
+        folder = model_folder(adapter or base)
         pooling = "mean" if (folder / POOLING).exists() else "eos"
         check_pooling(folder / "1_Pooling/config.json", pooling)
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
@@ -128,19 +136,15 @@ class Revela(nn.Module):
 
     attn_temperature   tau; 1e-4 in the published recipe: only passages whose similarity is within
                        about 1e-3 of the best one's get a weight
-    v_norm             see `model.in_batch_attention`
-    inbatch_scale      factor on what passages read from each other; 1 as published
     dual_loss          add the context stream's own next-token loss
-    convex, start      see `two_streams`
+    v_norm, form       how passages read each other: v_norm, scale, convex, start of `two_streams`
     """
 
-    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, inbatch_scale=1.0,
-                 dual_loss=False, convex=False, start=0.0):  # fmt: skip
+    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, dual_loss=False, **form):
         super().__init__()
         self.retriever, self.lm = retriever, lm
+        self.form = {"v_norm": v_norm} | form
         self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
-        # the form of the in-batch term: keyword arguments of `two_streams`
-        self.form = {"v_norm": v_norm, "scale": inbatch_scale, "convex": convex, "start": start}
         self.stats = {}  # of the last forward; tensors without gradient
 
     def forward(self, batch):
@@ -150,7 +154,7 @@ class Revela(nn.Module):
         loss = self.loss_in_batch(batch, w)
         self.stats = observe(loss, w, p)
         if self.dual_loss:
-            # runs the context stream once more, to its end: `two_streams` needs less of it
+            # once more: `two_streams` skips the context stream's last output, which this needs
             context_loss = self.loss_alone(batch)
             self.stats["context_loss"] = context_loss.detach()
             loss = loss + context_loss
@@ -194,9 +198,9 @@ class Revela(nn.Module):
         return losses, w
 
     def is_target(self, batch):
-        """[G, B, T-1] bool: whether the next token is to be predicted.
+        """[G, B, T-1] bool: whether the next token is real and not the pad token, as published.
 
-        Padding is not. Nor is, as published, the pad token where the text itself holds it.
+        A model without a pad token has the EOS for it.
         """
         config = self.lm.config
         pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
@@ -250,6 +254,8 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     The context stream never sees another passage, so nothing of D_i comes back to D_i.
 
     ids, mask [G, B, T], weights [G, B, B] -> hidden states of the in-batch stream [G, B, T, D]
+    v_norm   see `model.in_batch_attention`
+    scale    factor on what passages read from each other; 1 as published
     convex   own_i and what is read weigh 1 - scale and scale, instead of 1 and scale
     start    share of the blocks, from the first on, in which passages do not read each other
     """
@@ -257,12 +263,16 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     cos, sin = rope(lm.config, T, ids.device)
     itself = torch.eye(B, dtype=torch.bool, device=ids.device)
     weights = weights.masked_fill(itself, 0)  # a caller may leave something there
-    # for speed: who reads whom. Weights up to 1e-8 are left out, which no loss shows
-    plan = in_batch_plan(weights, scores_of_a_pair=lm.config.num_attention_heads * T * T)
+    # for speed: who reads whom, the same in every block. It leaves out weights up to 1e-8
+    plan = in_batch_plan(weights, lm.config.num_attention_heads, T)
 
     def add_others(own, q, k, v):
-        """A block's `read`: own, q [N, H, T, d] are its own, k, v [N, H_kv, T, d] the context's."""
-        q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [G, B, H, T, d]
+        """own and what the passages read from each other, as one sum [N, H, T, d].
+
+        own (causal attention) and q are the in-batch stream's; k and v [N, H_kv, T, d] are the
+        context stream's.
+        """
+        q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [G, B, H or H_kv, T, d]
         others = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
         if convex:
             own = (1 - scale) * own
@@ -305,8 +315,8 @@ class Tokenizer:
 
     def __init__(self, folder):
         """EOS: tokenizer_config.json's eos_token, else config.json's eos_token_id."""
-        folder = find(folder)
-        self.file = existing(folder / "tokenizer.json")
+        folder = model_folder(folder)
+        self.file = must_exist(folder / "tokenizer.json")
         config = read_json(folder / "config.json")
         check(f"{folder}:", config, {"vocab_size": [SIZE]})  # a positive integer
         self.vocab_size = config["vocab_size"]
@@ -315,7 +325,7 @@ class Tokenizer:
         file = folder / "tokenizer_config.json"
         token = read_json(file).get("eos_token") if file.exists() else None
         token = token.get("content") if isinstance(token, dict) else token
-        with reading(self.file, f"is not a tokenizer, or not one for eos_token {token!r:.80}"):
+        with blame(self.file, f"is not a tokenizer, or not one for eos_token {token!r:.80}"):
             self.tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
@@ -328,12 +338,12 @@ class Tokenizer:
             raise ValueError(f"{folder}: no EOS token: {need}")
 
     def token_ids(self, texts, max_len):
-        """Token ids of `texts`, as the language model reads them: no prefix, no EOS.
+        """Token ids of `texts`, at most `max_len` each, after a BOS if the tokenizer adds one.
 
-        They begin with a BOS if the tokenizer adds one. A lone surrogate is read as "?".
+        There is no EOS. A lone surrogate is read as "?".
         """
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        with reading(self.file, "fails at a text"):
+        with blame(self.file, "fails at a text"):
             rows = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         rows = [(self.bos_ids + row.ids)[:max_len] for row in rows]
         most = max((token for row in rows for token in row), default=0)
@@ -345,7 +355,8 @@ class Tokenizer:
     def retriever_ids(self, texts, kind, max_len, ratio=1.0):
         """Token ids of `texts` as the retriever reads them: prefix, text, EOS; at most `max_len`.
 
-        `ratio` < 1 keeps the first int(n * ratio) of the n tokens before the EOS, prefix counted.
+        `ratio` < 1 keeps the first int(n * ratio) of the n tokens before the EOS; BOS and prefix
+        count.
         """
         texts = [PREFIX[kind] + text for text in texts]
         rows = self.token_ids(texts, max_len - 1)
@@ -426,9 +437,9 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
     if out is None:
         vectors = torch.empty(shape)
     else:
-        mapped = np.lib.format.open_memmap(f"{new(out)}.partial", "w+", np.float32, shape)
+        mapped = np.lib.format.open_memmap(f"{must_be_new(out)}.partial", "w+", np.float32, shape)
         vectors = torch.from_numpy(mapped)
-    low = weight.dtype.itemsize < 4  # then by autocast, which leaves the residual stream float32
+    low = weight.dtype.itemsize < 4  # weights in bfloat16: compute by autocast, see `Llama.embed`
     precision = torch.autocast(device.type, weight.dtype, enabled=low)
     total, what = sum(map(len, texts)), f"{len(texts):,} {kind} texts"
     bar = tqdm(total=total, desc=what, unit=" characters", disable=not progress)
@@ -481,7 +492,7 @@ def load_pooling(retriever, folder):
 
     given = read_safetensors(file)
     fit = given.keys() == {"mean", "std"} and all(map(good, given.values()))
-    if not fit or given["std"].float().min() < 1e-30:  # below, 1 / std is not finite
+    if not fit or given["std"].float().min() < 1e-30:  # so small, 1 / std may overflow
         need = f"floats mean and std [{len(retriever.mean)}] and nothing else, finite, std above 0"
         raise ValueError(f"{file}: need {need}")
     retriever.mean.copy_(given["mean"])
@@ -592,8 +603,9 @@ class Replug(Revela):
         ids, mask = pad([context + text for context in contexts], 0)  # [B, T]
         ids, mask = ids.to(device), mask.to(device)
         m = len(text) - len(text) // 2
-        at = mask.sum(1, keepdim=True) - m + torch.arange(m, device=device)  # [B, m]: the last m
-        hidden = self.lm(ids).take_along_dim(at[..., None] - 1, 1)  # [B, m, D]: predict these
+        # positions of the last m tokens; the state one before a token predicts it
+        at = mask.sum(1, keepdim=True) - m + torch.arange(m, device=device)  # [B, m]
+        hidden = self.lm(ids).take_along_dim(at[..., None] - 1, 1)  # [B, m, D]
         logits = self.lm.logits(hidden).float().transpose(1, 2)  # [B, V, m]
         log_p = -F.cross_entropy(logits, ids.take_along_dim(at, 1), reduction="none")  # [B, m]
         return log_p.mean(1)

@@ -52,21 +52,22 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from data import (
     Groups,
     barrier,
+    blame,
     command,
-    find,
     flags_given,
     fsync,
     group_order,
+    model_folder,
     out_of_memory,
     read_collections,
     read_json,
     read_safetensors,
-    reading,
     setup,
     write,
+    write_json,
     write_toy_world,
 )  # fmt: skip
-from eval import dense_run, measure, show, write_encoding, write_json
+from eval import dense_run, measure, show, write_encoding
 from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save_adapter, save_model
 from revela import (
     Contrastive,
@@ -81,9 +82,10 @@ from revela import (
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
-# arguments: {flag: (default, help, least, below)}, as `data.flags_given` reads them. The defaults
-# are the values of the recipe `published`; of choices, the first
+# arguments: {flag: (default, help, least, below)}, as `data.flags_given` reads them. Of choices the
+# default is the first
 
+DESCRIPTION = "Train a retriever by language modelling. Defaults are those of --recipe published."
 FLAGS = {
     "recipe": (
         ("toy", "small", "published"),
@@ -141,7 +143,7 @@ FLAGS = {
     "dtype": (("bfloat16", "float32"), "bfloat16: autocast, and frozen weights are kept in it"),
     "activation_checkpointing": (
         ("none", "selective", "full"),
-        "compute again instead of keeping: all but matmuls, or whole blocks",
+        "compute again instead of keeping: all but linear layers, or whole blocks",
     ),
     "compile": (False, "torch.compile each block: minutes at the start, then faster on a GPU"),
     "num_workers": (-1, "processes that prepare batches; -1: 2 for a GPU, else 0", -1),
@@ -154,7 +156,6 @@ FLAGS = {
         "the last groups of --data, at most half: not trained on, their loss is logged",
     ),
 }
-STANDARD_GROUPS = 25  # whose passages give a retriever's mean and deviation
 
 # Teaches a small model within minutes. It starts from a vector that ranks well, the weights are not
 # one-hot, and what passages read from each other does not wreck the language model.
@@ -175,17 +176,22 @@ RECIPES = {"toy": TOY, "small": SMALL, "published": {}}
 
 def parse_args(argv=None):
     """The arguments of a run: those given, for the rest its recipe's values."""
-    defaults, given = flags_given("Train a retriever by language modelling.", FLAGS, argv)
+    defaults, given = flags_given(DESCRIPTION, FLAGS, argv)
     recipe = given.setdefault("recipe", "small" if "data" in given else "toy")
     args = Namespace(**defaults | RECIPES[recipe] | given)
     if bool(args.data) != bool(args.model) or (args.eval_data and not args.data):
         raise ValueError("--data (groups) and --model belong together, and --eval_data with them")
     if (args.retriever_adapter or args.lm_adapter) and not args.lora_r:
         raise ValueError("an adapter to start from needs --lora_r; or merge it: eval.py --export")
-    if args.objective != "revela" and (args.no_inbatch or args.strategy == "fsdp"):
-        raise ValueError("--objective replug, contrastive go without --no_inbatch, and with ddp")
-    args.freeze_lm |= args.objective != "revela"
+    if args.inbatch_form == "convex" and args.inbatch_scale > 1:
+        raise ValueError("--inbatch_form convex needs an --inbatch_scale of at most 1")
     args.no_inbatch |= args.inbatch_scale == 0
+    if args.objective != "revela":
+        if args.no_inbatch or args.strategy == "fsdp":
+            raise ValueError("--objective replug and contrastive need in-batch attention, and ddp")
+        args.freeze_lm = True
+    if args.no_inbatch and args.freeze_lm:
+        raise ValueError("--no_inbatch with --freeze_lm leaves nothing to train")
     return args
 
 
@@ -194,19 +200,19 @@ def parse_args(argv=None):
 
 
 def build_models(args, dtype, device):
-    """(retriever, lm), two Llamas. Trainable weights are float32."""
+    """The Llamas of retriever and language model. Trainable weights are float32."""
     lm_base = args.lm or args.model
     dtype = dtype if args.lora_r else torch.float32
     lm = Llama.from_pretrained(lm_base, dtype, device)
     if lm_base == args.model and args.lora_r:  # the frozen weights exist once
         with torch.device("meta"):
-            retriever = Llama(lm.config, head=False)
-        retriever.load_state_dict(lm.state_dict(), strict=False, assign=True)
-        retriever.path = lm.path
+            base = Llama(lm.config, head=False)
+        base.load_state_dict(lm.state_dict(), strict=False, assign=True)
+        base.path = lm.path
     else:
-        retriever = Llama.from_pretrained(args.model, dtype, device, head=False)
+        base = Llama.from_pretrained(args.model, dtype, device, head=False)
     options = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules.split(",")
-    for llama, adapter in ((retriever, args.retriever_adapter), (lm, args.lm_adapter)):
+    for llama, adapter in ((base, args.retriever_adapter), (lm, args.lm_adapter)):
         if adapter:
             load_adapter(llama, adapter)
         elif args.lora_r and not (llama is lm and args.freeze_lm):
@@ -214,17 +220,17 @@ def build_models(args, dtype, device):
     if args.freeze_lm:
         lm.requires_grad_(False)
     if args.no_inbatch:
-        retriever.requires_grad_(False)  # nothing will reach it
-    return retriever, lm
+        base.requires_grad_(False)  # nothing will reach it
+    return base, lm
 
 
 def build_objective(args, retriever, lm):
     """The module whose forward is the loss of a batch."""
     method = {
         "attn_temperature": args.attn_temperature,
-        "v_norm": args.v_norm,
-        "inbatch_scale": args.inbatch_scale,
         "dual_loss": args.dual_loss,
+        "v_norm": args.v_norm,
+        "scale": args.inbatch_scale,
         "convex": args.inbatch_form == "convex",
         "start": args.inbatch_start,
     }
@@ -239,7 +245,7 @@ def build_objective(args, retriever, lm):
 def recompute_activations(llama, how):
     """Compute parts of each block again in the backward pass, to keep less. Same results.
 
-    how: "none"; "selective": all but what comes out of matmuls; "full": whole blocks.
+    how: "none"; "selective": all but the outputs of linear layers; "full": whole blocks.
     """
     if how == "none":
         return
@@ -268,22 +274,22 @@ def shard(revela, device, dtype):
     register_fsdp_forward_method(revela, "diagnose")
 
 
-def summed(t):
-    """`t`, which becomes its sum over all processes. Collective."""
+def all_reduce(t):
+    """`t`, in place its sum over all processes. Collective."""
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
 
 
-def gathered(t):
-    """A tensor of which each process may hold a part, whole. Collective."""
+def full_tensor(t):
+    """A tensor of which each process may hold a part, as a whole. Collective."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def whole(llama, device, only=""):
-    """`llama`, if it is not sharded; else a whole copy on `device`. Collective.
+def unsharded(llama, device, only=""):
+    """`llama` itself, if it is not sharded; else a copy on `device`. Collective.
 
-    The copy has the weights whose names contain `only`.
+    The copy has the weights whose names contain `only`, as a whole.
     """
     if not isinstance(llama.layers[0], FSDPModule):
         return llama
@@ -292,18 +298,18 @@ def whole(llama, device, only=""):
         if llama.lora:
             add_lora(copy, *llama.lora.values())  # r, alpha, dropout, targets
     named = [(name, p.detach()) for name, p in llama.named_parameters() if only in name]
-    weights = {name: gathered(p).to(device) for name, p in named}
+    weights = {name: full_tensor(p).to(device) for name, p in named}
     copy.load_state_dict(weights, strict=False, assign=True)
     copy.path = llama.path
     return copy
 
 
-def whole_retriever(retriever, device):
-    """A whole `retriever` to run without gradients. It shares `mean` and `std`. Collective."""
-    copy = Retriever(whole(retriever.llama, device), retriever.tokenizer, retriever.pooling)
+def unsharded_retriever(retriever, device):
+    """A `retriever` that is not sharded. It shares `mean` and `std`. Collective."""
+    copy = Retriever(unsharded(retriever.llama, device), retriever.tokenizer, retriever.pooling)
     if retriever.pooling == "mean":
         copy.mean, copy.std = retriever.mean, retriever.std
-    return copy.eval()
+    return copy.eval()  # shared or a copy, its caller goes back to training
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,14 +335,14 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
     model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns scalar
-    tensors that, summed over processes, are: tokens, the number of targets; grad_norm_*, before
-    clipping; the means of the objective's `stats`. Raises FloatingPointError if a norm is not
+    tensors: tokens, the number of targets; grad_norm_*, before clipping; the means of the
+    objective's `stats`. They are of all processes. Raises FloatingPointError if a norm is not
     finite, before anything is changed.
     """
     revela = getattr(model, "module", model)
     ddp = model is not revela
     counts = [revela.count(batch) for batch in micro_batches]
-    total = summed(sum(counts).to(device))
+    total = all_reduce(sum(counts).to(device))
     stats = {"tokens": sum(revela.is_target(batch).sum() for batch in micro_batches)}
     for i, batch in enumerate(micro_batches):
         batch = on(device, batch)
@@ -351,11 +357,12 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
             (loss * share * world_size).backward()  # DDP and FSDP take the mean over processes
         for name, value in revela.stats.items():
             stats[name] = stats.get(name, 0) + value * share
-    norms = []
+    sums = all_reduce(torch.stack([value.to(device).float() for value in stats.values()]))
+    stats, norms = dict(zip(stats, sums)), []
     for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norms.append(gathered(torch.nn.utils.get_total_norm(gradients).to(device)))
-        stats[f"grad_norm_{name}"] = norms[-1] / world_size  # a share of what all have
+        norms.append(full_tensor(torch.nn.utils.get_total_norm(gradients).to(device)))
+        stats[f"grad_norm_{name}"] = norms[-1]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not norm.isfinite():  # then on all processes: their gradients have met
         raise FloatingPointError(f"loss {stats['loss'].item()}, norm of gradients {norm.item()}")
@@ -391,9 +398,9 @@ def explained(step, rank, groups):
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
-# Arguments that may change when a run is resumed: they change nothing but rounding, and with
-# --groups_per_device the dropout. Names of files may change, too: `identify` compares the content
-# of --data, the configurations of the models and the form of their LoRA.
+# Arguments that may change when a run is resumed. They change nothing but rounding, and with
+# --groups_per_device the dropout; or what they stand for is compared by `identify`: a recipe's
+# values, the content of --data, the configurations of the models and the form of their LoRA.
 MAY_CHANGE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
 eval_every eval_data save_steps""".split()
@@ -410,14 +417,14 @@ def save_models(revela, folder, args, rank):
         if name == "lm" and args.freeze_lm:
             continue
         # the other processes help to gather, and keep nothing
-        llama = whole(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
+        llama = unsharded(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
         if rank:
             continue
         save = save_adapter if llama.lora else save_model
         save(llama, folder / name)
         for file in ("tokenizer.json", "tokenizer_config.json"):
-            if not llama.lora and (find(bases[name]) / file).exists():
-                shutil.copyfile(find(bases[name]) / file, folder / name / file)
+            if not llama.lora and (model_folder(bases[name]) / file).exists():
+                shutil.copyfile(model_folder(bases[name]) / file, folder / name / file)
     if rank == 0:
         save_pooling(revela.retriever, folder / "retriever")
         write_encoding(folder / "retriever")
@@ -479,7 +486,7 @@ def restore(folder, revela, optimizer, identity):
     options = dcp.StateDictOptions(**DCP_OPTIONS)
     # this gives a new AdamW its moments, zeros. All of it is overwritten below
     weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
-    with reading(start / "state.safetensors", "lacks something of this run"):
+    with blame(start / "state.safetensors", "lacks something of this run"):
         weights = {name: saved[name] for name in weights}
         for name, part in optim["state"].items():
             part.update({key: saved[f"{name}.{key}"] for key in part})
@@ -544,14 +551,14 @@ class Log:
             self.sums[name] = self.sums.get(name, 0) + value
 
     def line(self, step, total, lr):
-        """Record and print the means. Collective."""
-        shares = [value.to(self.device).float() for value in self.sums.values()]
+        """Record and print the means."""
         updates = step - self.since
-        means = summed(torch.stack(shares)) / updates
-        values = {"step": step, "lr": lr} | dict(zip(self.sums, means.tolist()))
-        values["tokens_per_s"] = values.pop("tokens") * updates / self.seconds
+        seconds = self.seconds / updates  # of an update
+        values = {"step": step, "lr": lr}
+        values |= {name: float(value) / updates for name, value in self.sums.items()}
+        values["tokens_per_s"] = values.pop("tokens") / seconds
         values["memory_gb"] = peak_memory(self.device)
-        values["eta_s"] = self.seconds / updates * (total - step)
+        values["eta_s"] = seconds * (total - step)
         self.record(values)
         # the control has neither weights nor spread: 0 is shown
         shown = defaultdict(float, values, total=total, minutes=values["eta_s"] / 60)
@@ -611,7 +618,7 @@ def made_by():
 
 
 def make_world(folder, args, rank):
-    """Let `args` mean the toy world in `folder`, which the first process makes if need be."""
+    """Set args.model, .data and .eval_data to the toy world in `folder`; make it if need be."""
     if rank == 0 and not folder.exists():
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
         write_toy_world(f"{folder}.partial", args.seed)
@@ -632,14 +639,14 @@ def prepare(args, device, world_size):
     fsdp = args.strategy == "fsdp" and world_size > 1
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
-    llama, lm = build_models(args, dtype, where)
-    recompute_activations(llama, args.activation_checkpointing)
+    base, lm = build_models(args, dtype, where)
+    recompute_activations(base, args.activation_checkpointing)
     recompute_activations(lm, args.activation_checkpointing)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
-        for block in [*llama.layers, *lm.layers]:
+        for block in [*base.layers, *lm.layers]:
             block.compile()
-    retriever = Retriever(llama, Tokenizer(args.model), args.pooling)
+    retriever = Retriever(base, Tokenizer(args.model), args.pooling)
     model = build_objective(args, retriever, lm)
     if fsdp:
         shard(model, device, dtype)
@@ -686,7 +693,7 @@ def evaluate(revela, collections, heldout, autocast, device):
     row, runs = {}, {}
     revela.eval()
     if collections:
-        retriever = whole_retriever(revela.retriever, device)
+        retriever = unsharded_retriever(revela.retriever, device)
         runs = {name: dense_run(retriever, c) for name, c in collections.items()}
         ndcg = {name: measure(run, collections[name][2])["ndcg@10"] for name, run in runs.items()}
         row |= {"ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg}
@@ -723,7 +730,7 @@ def train(args, device, rank, world_size):
         total = math.ceil(args.num_train_epochs * n_groups / per_update)
     identity = identify(args, groups, per_update, revela.retriever.llama, revela.lm)
     # mean and std come with the model, or from a checkpoint, or are measured below
-    given = load_pooling(revela.retriever, find(args.retriever_adapter or args.model))
+    has_pooling = load_pooling(revela.retriever, model_folder(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = partial(
         group_order, n_groups, args.seed,
@@ -757,15 +764,13 @@ def train(args, device, rank, world_size):
             show(runs["world"], collections["world"])
 
     # -- the loop
-    if first_step == 0 and args.pooling == "mean" and not given:
+    if first_step == 0 and args.pooling == "mean" and not has_pooling:
+        some = map(batch_of, range(min(25, n_groups)))  # 400 passages
         with autocast():
-            some = map(batch_of, range(min(STANDARD_GROUPS, n_groups)))
-            # the copy has the same mean and std, so they are set in both. What is in eval mode
-            # after this goes back to training in `report`
-            whole_retriever(revela.retriever, device).standardise(some)
+            unsharded_retriever(revela.retriever, device).standardise(some)
+        revela.train()
     if first_step == 0:
         report(0)
-    update_args = optimizer, args.max_grad_norm, autocast, device, world_size
     batches, signals = iter(loader), catch_signals()
     for step in range(first_step + 1, total + 1):  # `learning_rate` and `order` count from 0
         began = time.perf_counter()
@@ -775,18 +780,23 @@ def train(args, device, rank, world_size):
         micro_batches = [next(batches) for _ in range(accumulation)]
         seeds = [dropout_seed(args.seed, step, i * world_size + rank) for i in range(accumulation)]
         with explained(step, rank, order(first=step - 1, last=step)):
-            stats = update(model, micro_batches, seeds, *update_args)
+            stats = update(
+                model, micro_batches, seeds,
+                optimizer, args.max_grad_norm, autocast, device, world_size,
+            )  # fmt: skip
         log.add(stats, time.perf_counter() - began)
 
         last = step == total
-        stop = bool(summed(torch.tensor(len(signals), device=device)))  # if any process is told to
+        stop = bool(
+            all_reduce(torch.tensor(len(signals), device=device))
+        )  # if any process is told to
         if every(args.logging_steps, step) or last or stop:
             log.line(step, total, lr)
+        if every(args.eval_every, step) or last:
+            report(step)  # before it is saved: what a crash between the two loses is made again
         if every(args.save_steps, step) or last or stop:
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
             barrier()
-        if every(args.eval_every, step) or last:
-            report(step)
         if stop and not last:
             log.say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
             return STOPPED

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import new, read_json, read_safetensors
+from data import must_be_new, read_json, read_safetensors
 from eval import write_encoding
 from model import write_folder
 from revela import POOLING
@@ -24,7 +24,7 @@ def main(argv=None):
     n = len(folders)
     if n < 2:
         raise ValueError("need OUT, and two retrievers or more")
-    new(out)
+    must_be_new(out)
     configs = [read_json(folder / "adapter_config.json") for folder in folders]
     if configs.count(configs[0]) < n:
         raise ValueError(f"the adapter_config.json of {', '.join(map(str, folders))} differ")

@@ -19,8 +19,8 @@ from data import (
     group_order,
     read_beir,
     read_lines,
-    read_passages,
 )
+from eval import read_passages
 from revela import Tokenizer, collate, pad
 
 # --------------------------------------------------------------------------------------------------
@@ -372,6 +372,7 @@ def test_a_collection_is_read(tmp_path):
 PLAIN, FOURTH = ["q d 2", "q e 0", "11 77 -1"], ["q {} d 2", "q {} e 0", "11 {} 77 -1"]
 ZERO, Q0 = ([line.format(x) for line in FOURTH] for x in ("0", "Q0"))  # MS MARCO's, TREC's
 SHAPES = [PLAIN, ["query-id corpus-id score", *PLAIN], ZERO, Q0, ["qid iter docid rel", *ZERO]]
+SHAPES += [["", *PLAIN]]
 
 
 @pytest.mark.parametrize("lines", SHAPES)

@@ -17,8 +17,19 @@ from safetensors.torch import load_file
 from test_data import write_beir
 
 import eval
-from data import read_passages
-from eval import BM25, bm25_run, dense_run, fuse, main, measure, mrr, ndcg, read_max_len, recall
+from eval import (
+    BM25,
+    bm25_run,
+    dense_run,
+    fuse,
+    main,
+    measure,
+    mrr,
+    ndcg,
+    read_max_len,
+    read_passages,
+    recall,
+)
 from model import Llama, merge_lora, save_adapter, save_model
 from revela import POOLING, Retriever, save_pooling
 

@@ -16,7 +16,8 @@ from conftest import TEXTS, edit, save_retriever
 from safetensors.torch import load_file, save_file
 
 import data
-from data import Groups, read_beir, read_lines, read_passages, reading
+from data import Groups, blame, read_beir, read_lines
+from eval import read_passages
 from model import Llama, LlamaConfig, load_adapter, save_adapter, save_model
 from revela import Retriever, Tokenizer, collate, load_pooling
 
@@ -258,7 +259,7 @@ FILES += ["a/pooling.safetensors"]
 
 
 def test_ctrl_c_is_no_fault_of_the_file():
-    with pytest.raises(KeyboardInterrupt), reading("file", "is damaged"):
+    with pytest.raises(KeyboardInterrupt), blame("file", "is damaged"):
         raise KeyboardInterrupt
 
 

@@ -25,7 +25,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda folder: fo
 def attention(request, monkeypatch):
     """Both ways to compute attention, though on this machine only the first is used."""
     if request.param == "sdpa":
-        monkeypatch.setattr(model, "WRITTEN_OUT", None)
+        monkeypatch.setattr(model, "WRITTEN_OUT_ON", None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_the_fast_form_is_the_definition(v_norm, read):
     truths = [truth, *torch.autograd.grad(truth, inputs, d_out, retain_graph=True)]
     most, parts = int(READ[read].sum(1).max()), []
     for size in (1, 6, 1000):
-        plan = model.in_batch_plan(w, 1, 0, size)
+        plan = model.in_batch_plan(w, 1, 1, 0, size)
         assert plan[0][1].shape[1] == most and max(j.numel() for _, j in plan) <= max(size, most)
         parts.append(len(plan))
         out = model.in_batch_attention_fast(q, k, v, w, mask, v_norm, plan)
@@ -96,7 +96,7 @@ def test_bfloat16_leaves_the_gradient_of_the_weights_what_passages_do_not_share(
         if form == "plain" or dtype == torch.float64:
             out = model.in_batch_attention(*args)
         else:
-            out = model.in_batch_attention_fast(*args, model.in_batch_plan(w, 1, 0, 16))
+            out = model.in_batch_attention_fast(*args, model.in_batch_plan(w, 1, 1, 0, 16))
         assert out.dtype == dtype
         out.backward(d_out.to(dtype))
         rows = [row[kept].double() for row, kept in zip(w.grad[0], read) if kept.any()]

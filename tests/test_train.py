@@ -120,6 +120,15 @@ def run(*runs):
 # updates, going on, what is trained
 
 
+def test_one_process_is_no_group_of_processes(monkeypatch):
+    """gloo has no sum of tensors on Apple's GPUs, where torchrun starts one process, too."""
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a group"))
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train.setup("cpu") == (torch.device("cpu"), 0, 1)
+
+
 def test_the_learning_rate_is_its_closed_form():
     args = train.parse_args("--model m --data d --learning_rate 8 --warmup_steps 4".split())
     rates = [train.learning_rate(step, args, 12) for step in range(12)]
@@ -358,7 +367,7 @@ def test_held_out_groups_are_not_trained_on_but_diagnosed(tmp_path, capsys):
     lm, base = Llama.from_pretrained(tmp_path / "base"), tmp_path / "base"
     load_adapter(lm, tmp_path / "out/lm")
     retriever = Retriever.from_pretrained(base, tmp_path / "out/retriever")
-    revela = Revela(retriever, lm, 0.05, True, 0.25, convex=True, start=0.5).eval()
+    revela = Revela(retriever, lm, 0.05, scale=0.25, convex=True, start=0.5).eval()
     tokenizer, total = retriever.tokenizer, {"retriever": 0, "uniform": 0, "alone": 0}
     groups = [[(json.loads(line)[:3], None)] for line in lines]
     batches = [collate(group, tokenizer, tokenizer, 157, True) for group in groups]
@@ -567,7 +576,10 @@ def test_bad_commands_are_one_sentence_and_leave_the_run_folder_usable(tmp_path,
         "--lora_target_modules q_proj,w": "LoRA target w is unknown",
         "--eval_data none": "none/corpus.jsonl",
         "--device cuda": "--device cuda is not there; here are: .*cpu",
-        "--objective replug --strategy fsdp": "--objective .* with ddp",
+        "--objective replug --strategy fsdp": "--objective .* need .* ddp",
+        "--objective replug --inbatch_scale 0": "--objective .* need in-batch attention",
+        "--no_inbatch --freeze_lm": "leaves nothing to train",
+        "--inbatch_form convex --inbatch_scale 2": "convex needs .* at most 1",
         "--out base --resume": "base is not empty: choose another --out",  # base is as it was
     }.items():
         with pytest.raises((ValueError, OSError), match=message):
