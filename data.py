@@ -152,29 +152,20 @@ def split_passages(text, max_words=120):
 
 
 def group_by_document(documents, size, run_length, seed=0):
-    """Yield groups of `size` passages from `documents`, which are lists of passages.
+    """List groups of `size` passages from `documents`, which are lists of passages.
 
-    A group holds runs of up to `run_length` consecutive passages of one document, filled up with
-    shorter runs of others. Every passage is used once, but for those of a last, short group.
+    A group holds runs of up to `run_length` consecutive passages of one document. Runs of one
+    length are together: full ones with full ones. Where a group ends, a run may be cut. Every
+    passage is used once, but for those of a last, short group.
     """
+    rng = random.Random(seed)
     runs = [doc[i : i + run_length] for doc in documents for i in range(0, len(doc), run_length)]
-    random.Random(seed).shuffle(runs)
-    by_length = [[] for _ in range(run_length + 1)]
-    for run in runs:
-        by_length[len(run)].append(run)
-    group = []
-    while any(by_length):
-        room = size - len(group)
-        lengths = [n for n, those in enumerate(by_length) if those]
-        fitting = [n for n in lengths if n <= room]
-        # the longest that fits, else the shortest, which is cut
-        run = by_length[max(fitting, default=lengths[0])].pop()
-        group += run[:room]
-        if rest := run[room:]:
-            by_length[len(rest)].append(rest)
-        if len(group) == size:
-            yield group
-            group = []
+    rng.shuffle(runs)
+    runs.sort(key=len, reverse=True)
+    passages = [passage for run in runs for passage in run]
+    groups = [passages[i : i + size] for i in range(0, len(passages) - size + 1, size)]
+    rng.shuffle(groups)
+    return groups
 
 
 def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest=60):
@@ -244,9 +235,9 @@ def read_beir(folder, split="test"):
     if 2 * lost > len(judged) or 2 * len(unknown) > len(docids):
         raise ValueError(f"{file} judges mostly queries or documents that {folder} does not hold")
     if lost:
-        note(f"{file}: {lost} queries are not in queries.jsonl, and left out")
+        say(f"{file}: {lost} queries are not in queries.jsonl, and left out")
     if unknown:
-        note(f"{file}: {len(unknown)} judgements of documents not in corpus.jsonl: never found")
+        say(f"{file}: {len(unknown)} judgements of documents not in corpus.jsonl: never found")
     qrels = {qid: grades for qid, grades in qrels.items() if max(grades.values()) > 0}
     if not qrels:
         raise ValueError(f"{file} has no relevant document for any query")
@@ -264,18 +255,13 @@ def read_collections(folders, split="test"):
 
 
 def read_texts(file):
-    """{id: title + text} of a corpus.jsonl or queries.jsonl."""
+    """{id: title + text} of JSON lines. Without "_id" a line's number is its id."""
     texts = {}
-    for number, row in read_lines(file):
-        row = row if isinstance(row, dict) else {}
-        key, title, text = row.get("_id"), row.get("title") or "", row.get("text")
-        key = str(key) if type(key) is int else key  # some number their documents
-        if not all(isinstance(value, str) for value in (key, title, text)):
-            need = 'need an object with texts "_id" and "text", and if it has one, "title"'
-            raise ValueError(f"{file}:{number}: {need}")
+    for number, doc in read_documents(file):
+        key = str(doc.get("_id", number))
         if key in texts:
             raise ValueError(f"{file}:{number}: id {key!r:.80} occurs twice")
-        texts[key] = f"{title} {text}".strip()
+        texts[key] = f"{doc.get('title') or ''} {doc['text']}".strip()
     if not texts:
         raise ValueError(f"{file} is empty")
     return texts
@@ -376,7 +362,7 @@ def write_toy_decoder(folder, texts):
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|end|>"})
     config = {
         "model_type": "llama",
         "vocab_size": tokenizer.get_vocab_size(),
@@ -388,7 +374,7 @@ def write_toy_decoder(folder, texts):
         "eos_token_id": 0,
         "initializer_range": 0.05,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
 
 
 def write_toy_world(folder, seed, n_groups=2000, n_test=200):
@@ -398,7 +384,6 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
     about people whose names occur in no group. A tokenizer trained on the groups.
     """
     folder, rng = Path(folder), random.Random(seed)
-    (folder / "qrels").mkdir(parents=True)
     names = [f"{first} {last}" for first in FIRST for last in LAST]
     rng.shuffle(names)
     groups = []
@@ -415,9 +400,8 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
             corpus.append({"_id": f"d{i}.{j}", "title": "", "text": text})
             qrels += f"q{i}\td{i}.{j}\t1\n"
     for name, rows in (("groups", groups), ("corpus", corpus), ("queries", queries)):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text)
-    (folder / "qrels/test.tsv").write_text(qrels)
+        write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(folder / "qrels/test.tsv", qrels)
     read = [p + text for group in groups for text in group for p in PREFIX.values()]
     write_toy_decoder(folder, read)
 
@@ -427,9 +411,9 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
 # are followed: the hub's cache is made of them.
 
 # All that is ever read of a model's folder; nothing else is fetched from the hub.
-FILES = """config.json model.safetensors model-*.safetensors model.safetensors.index.json
+FILES = """config.json model.safetensors model-*.safetensors
 tokenizer.json tokenizer_config.json adapter_config.json adapter_model.safetensors
-sentence_bert_config.json pooling.safetensors 1_Pooling/config.json""".split()
+pooling.safetensors 1_Pooling/config.json""".split()
 
 
 def model_folder(name):
@@ -444,14 +428,9 @@ def model_folder(name):
     from huggingface_hub import snapshot_download  # here, since it is slow to import
 
     repo, revision = hub_id.groups()
-    try:
+    by_hand = f"where there is a network, `hf download {repo} --local-dir FOLDER`, and give FOLDER"
+    with blame(name, f"is no folder here, nor did the Hugging Face hub give it ({by_hand})"):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} is no folder here, and the Hugging Face hub did not give it "
-            f"({str(error).splitlines()[0]}); where there is a network, "
-            f"`hf download {repo} --local-dir FOLDER`, then give FOLDER"
-        ) from None
 
 
 def brief(text):
@@ -496,12 +475,8 @@ def must_exist(file):
 
 def parse(line, where):
     """The JSON value of the bytes `line`. Raises ValueError that begins with `where`."""
-
-    def refuse(name):  # NaN and Infinity
-        raise ValueError(f"{name} is no number of JSON")
-
     with blame(where, "is not JSON in UTF-8"):
-        return json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
+        return json.loads(line.decode("utf-8-sig"))
 
 
 def read_json(file):
@@ -528,11 +503,9 @@ def read_lines(file):
 
 
 def must_be_new(path):
-    """Return `path`, or None. Raises ValueError if it exists, or if its folder does not."""
+    """Return `path`, or None. Raises ValueError if it exists."""
     if path and Path(path).exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
-    if path and not Path(path).parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {Path(path).parent}; make it first")
     return path
 
 
@@ -544,9 +517,10 @@ def fsync(path):
 
 
 def write(file, text):
-    """Replace `file` atomically."""
+    """Replace `file` atomically, and make its folder if need be."""
     file, partial = Path(file), Path(f"{file}.partial")
-    partial.write_text(text)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text, encoding="utf-8", errors="replace")
     fsync(partial)
     os.replace(partial, file)
     fsync(file.parent)
@@ -561,10 +535,10 @@ def write_json(file, value):
 # messages, flags, the machine
 
 
-def note(text):
-    """Print a line for the user, by the first process alone."""
+def say(text):
+    """Print a line, by the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(text, flush=True)
 
 
 def flags_given(description, flags, argv=None):
@@ -679,14 +653,10 @@ def main():
             documents.append(fresh)
             seen.update(fresh)
             total += len(passages)
-    groups = list(make_groups(documents, args.group_size, run_length, args.seed))
+    groups = make_groups(documents, args.group_size, run_length, args.seed)
     if not groups:
         raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
-    partial = f"{args.out}.partial"
-    with open(partial, "w", encoding="utf-8", errors="replace") as out:
-        for texts in groups:
-            out.write(json.dumps(texts, ensure_ascii=False) + "\n")
-    os.replace(partial, args.out)
+    write(args.out, "".join(json.dumps(texts, ensure_ascii=False) + "\n" for texts in groups))
     repeated = total - len(seen)
     print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated left out)")
     print(f"{args.out}: {len(groups):,} groups of {args.group_size}")

@@ -42,19 +42,17 @@ from data import (
     barrier,
     command,
     flags_given,
-    model_folder,
     must_be_new,
     must_exist,
-    note,
     read_collections,
-    read_documents,
-    read_json,
+    read_texts,
+    say,
     setup,
     split_passages,
     write_json,
 )
 from model import merge_lora, save_model
-from revela import POOLING, Retriever, save_pooling
+from revela import Retriever, save_pooling
 
 # --------------------------------------------------------------------------------------------------
 # measures
@@ -304,9 +302,7 @@ def read_passages(path):
     """
     path, texts = Path(path), []
     if re.search(r"\.jsonl(\.gz)?$", path.name):
-        for number, doc in read_documents(path):
-            text = f"{doc.get('title') or ''} {doc['text']}"
-            texts.append((str(doc.get("_id", number)), text))
+        texts = read_texts(path).items()
     elif path.is_dir():
         files = files_under(path, set())
         texts = [(str(file.relative_to(path)), read_text(file)) for file in files]
@@ -319,17 +315,12 @@ def read_passages(path):
 
 
 def read_text(file):
-    """The text of a file: UTF-8, UTF-16 with a mark, else Windows-1252; "" if it is no text."""
+    """The text of a file in UTF-8; "" if it is no text."""
     raw = file.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # the mark
-        return raw.decode("utf-16", "replace")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        if b"\0" not in raw:
-            return raw.decode("cp1252", "replace")
-        note(f"{file} is no text, and left out")
+    if b"\0" in raw:
+        say(f"{file} is no text, and left out")
         return ""
+    return raw.decode("utf-8-sig", "replace")
 
 
 def files_under(folder, seen):
@@ -350,7 +341,7 @@ def files_under(folder, seen):
 def interactive(args, retriever, progress=False, **encode):
     """Answer questions from stdin with the five best passages, until an empty line.
 
-    With --vectors the passages' vectors are kept for the next run. Their file's name has a hash of
+    With --vectors the passages' vectors are kept for the next run. Their file's name is a hash of
     the passages and of the model, for which the vector of a fixed text stands.
     """
     sources, passages = zip(*read_passages(args.interactive))
@@ -360,9 +351,8 @@ def interactive(args, retriever, progress=False, **encode):
     if retriever:
         probe = retriever.encode(["a text"], **encode).tolist()
         made_from = json.dumps([probe, encode["max_len"], passages]).encode()
-        name = Path(args.interactive).resolve().name
-        digest = hashlib.sha256(made_from).hexdigest()[:16]
-        file = Path(args.vectors, f"{name}-{digest}.npy") if args.vectors else None
+        name = hashlib.sha256(made_from).hexdigest()[:16]
+        file = Path(args.vectors, f"{name}.npy") if args.vectors else None
         if file and file.exists():
             vectors = torch.from_numpy(np.load(file, mmap_mode="c"))
         else:
@@ -390,41 +380,6 @@ def interactive(args, retriever, progress=False, **encode):
 
 # --------------------------------------------------------------------------------------------------
 # to others: sentence-transformers, mteb
-
-
-def write_encoding(folder, max_len=512):
-    """Say in `folder`, in sentence-transformers' words, how texts become vectors.
-
-    With mean pooling sentence-transformers reads no EOS: its max_seq_length is ours - 1.
-    """
-    prompts = PREFIX | {"document": PREFIX["passage"]}
-    config = {"prompts": prompts, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
-    write_json(Path(folder, "config_sentence_transformers.json"), config)
-    mean = Path(folder, POOLING).exists()
-    length = max_len - 1 if mean else max_len
-    lengths = {"max_seq_length": length, "do_lower_case": False}
-    write_json(Path(folder, "sentence_bert_config.json"), lengths)
-
-
-def read_max_len(folder):
-    """The length that `write_encoding` left in `folder`; else 512, the published evaluation's.
-
-    sentence-transformers keeps it among the tokenizer's values when it saves a folder again.
-    """
-    folder = model_folder(folder)
-    file, name = folder / "sentence_bert_config.json", "max_seq_length"
-    tokenizers_own = folder / "tokenizer_config.json"
-    if not file.exists():
-        return 512
-    if name not in read_json(file) and tokenizers_own.exists():
-        file, name = tokenizers_own, "model_max_length"
-    length = read_json(file).get(name)
-    if length is None or length == int(1e30):  # transformers' word for unset
-        return 512
-    extra = 1 if (folder / POOLING).exists() else 0
-    if type(length) is not int or not 2 <= length + extra <= 2**20:  # type(): True is an int
-        raise ValueError(f"{file}: {name} is {length!r:.80}; need an integer from {2 - extra}")
-    return length + extra
 
 
 def export(retriever, folder, max_len=512):
@@ -458,14 +413,21 @@ def export(retriever, folder, max_len=512):
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", config)
-    write_modules(retriever, folder)
+    write_modules(retriever, folder, max_len)
     save_pooling(retriever, folder)
-    write_encoding(folder, max_len)
 
 
-def write_modules(retriever, folder):
-    """Say in `folder` what sentence-transformers computes, one module after the other."""
+def write_modules(retriever, folder, max_len):
+    """Say in `folder` how sentence-transformers makes vectors, one module after the other.
+
+    With mean pooling it reads no EOS: its max_seq_length is ours - 1.
+    """
     mean, size = retriever.pooling == "mean", retriever.llama.config.hidden_size
+    prompts = PREFIX | {"document": PREFIX["passage"]}
+    config = {"prompts": prompts, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
+    write_json(folder / "config_sentence_transformers.json", config)
+    lengths = {"max_seq_length": max_len - mean, "do_lower_case": False}
+    write_json(folder / "sentence_bert_config.json", lengths)
     kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
     if not mean:
         kinds.remove("Dense")
@@ -529,7 +491,7 @@ FLAGS = {
         None,
         "folder for passages' vectors, memory-mapped; --interactive finds them there again",
     ),
-    "max_len": (0, "tokens of a text that are read, EOS included; 0: as the model says, else 512"),
+    "max_len": (512, "tokens of a text that are read, EOS included", 2),
     "top_k": (1000, "documents retrieved for each query", 100),
     "batch_tokens": (0, "tokens in a batch when encoding; 0: 4096 on a CPU, else 16384"),
     "dtype": (("float32", "bfloat16"), "precision of weights and arithmetic"),
@@ -552,8 +514,6 @@ def parse_args(argv=None):
         raise ValueError("--adapter needs the --model it belongs to")
     if args.mteb and not find_spec("mteb"):
         raise ValueError("--mteb needs the package mteb: pip install 'mteb>=2'")
-    if args.max_len == 1:
-        raise ValueError("--max_len is 1; need at least 2, or 0: as the model says")
     must_be_new(args.out)
     must_be_new(args.export)
     return args
@@ -609,7 +569,6 @@ def main(argv=None):
         dtype = getattr(torch, args.dtype)
         retriever = Retriever.from_pretrained(args.model, args.adapter, dtype, device)
         merge_lora(retriever.llama)
-        args.max_len = args.max_len or read_max_len(args.adapter or args.model)
         options = {
             "max_len": args.max_len,
             "batch_tokens": args.batch_tokens,

@@ -13,12 +13,9 @@ Shapes, here and in the other files:
     D hidden_size   H query heads   H_kv key/value heads   d head_dim   r LoRA rank
 """
 
-import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import blame, brief, model_folder, note, read_json, read_safetensors, write
+from data import brief, model_folder, read_json, read_safetensors, say, write_json
 
 
 @dataclass
@@ -345,6 +342,12 @@ def merge_lora(llama):
 # in-batch attention
 
 
+def with_diagonal(w, value):
+    """w [..., B, B] with `value` where a passage meets itself."""
+    itself = torch.eye(w.shape[-1], dtype=torch.bool, device=w.device)
+    return w.masked_fill(itself, value)
+
+
 def in_batch_attention(q, k, v, weights, mask, v_norm=True):
     """What each passage of a group reads from the others: out_i = sum over j != i of w_ij C_ij.
 
@@ -365,7 +368,7 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
     if q.dim() == 4:
         one = (x[None] for x in (q, k, v, weights, mask))
         return in_batch_attention(*one, v_norm)[0]
-    B, H, d = q.shape[1], q.shape[2], q.shape[4]
+    H, d = q.shape[2], q.shape[4]
     k = k.repeat_interleave(H // k.shape[2], dim=2)  # [G, B, H, T, d]
     v = v.repeat_interleave(H // v.shape[2], dim=2)
     scores = torch.einsum("gihtd,gjhud->gijhtu", q, k) / math.sqrt(d)  # [G, B, B, H, T, T]
@@ -376,8 +379,7 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
         lengths = torch.linalg.vector_norm(v, dim=-1)  # [G, B, H, T]
         mean = torch.einsum("gijhtu,gjhu->gijht", a, lengths)
         C = C / (mean[..., None] + 1e-6)
-    itself = torch.eye(B, dtype=torch.bool, device=q.device)
-    w = weights.masked_fill(itself, 0)[..., None, None, None]  # [G, B, B, 1, 1, 1]
+    w = with_diagonal(weights, 0)[..., None, None, None]  # [G, B, B, 1, 1, 1]
     return (w * C).sum(2).to(q.dtype)  # [G, B, H, T, d]
 
 
@@ -552,18 +554,13 @@ ADAPTER = {
 
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    trained = folder / "retriever"  # --model is often given a run folder, or an adapter
-    place = trained if trained.is_dir() else folder
-    adapter = place / "adapter_config.json"
-    if adapter.exists():
-        base = brief(read_json(adapter).get("base_model_name_or_path"))
-        raise ValueError(f"{folder} is no model: use --adapter {place} with --model {base}")
-    if place == trained:
-        raise ValueError(f"{folder} is a training run: use --model {place}")
+    if (folder / "adapter_config.json").exists() or (folder / "retriever").exists():
+        need = "an adapter goes with --adapter; the retriever of a run is in its retriever/"
+        raise ValueError(f"{folder} is no base model: {need}")
     file = folder / "config.json"
     raw = read_json(file)
     if unknown := check(f"{file}:", raw, CONFIG):
-        note(f"{file}: fields unknown to us, and not used: {unknown}")
+        say(f"{file}: fields unknown to us, and not used: {unknown}")
     raw |= read_rope(file, raw)
     heads = raw["num_attention_heads"]
     values = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads}
@@ -592,20 +589,11 @@ def read_rope(file, raw):
 
 
 def read_tensors(folder):
-    """Yield (name, tensor) of model.safetensors, or of the shards that its index lists."""
-    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    shards = {file.name}
-    if not file.exists() and index.exists():
-        with blame(index, "weight_map must name .safetensors files of this folder"):
-            shards = set(read_json(index)["weight_map"].values())
-            for shard in shards:
-                if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-                    raise ValueError(f"not {shard!r}")
-    elif not file.exists() and list(folder.glob("*.bin")):
-        load = "load it with transformers and save_pretrained() it once"
-        raise ValueError(f"{folder} has .bin weights, which we do not read: {load}")
-    for shard in sorted(shards):
-        yield from read_safetensors(folder / shard).items()
+    """Yield (name, tensor) of model.safetensors, or of its shards, model-*.safetensors."""
+    file = folder / "model.safetensors"
+    shards = [] if file.exists() else sorted(folder.glob("model-*.safetensors"))
+    for shard in shards or [file]:
+        yield from read_safetensors(shard).items()
 
 
 def load_strictly(model, tensors, source, device, dtype):
@@ -684,6 +672,5 @@ def save_model(llama, folder):
 
 def write_folder(folder, prefix, config, tensors):
     """Write `folder`/{prefix}config.json and {prefix}model.safetensors."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write(f"{folder}/{prefix}config.json", json.dumps(config, indent=2) + "\n")
+    write_json(f"{folder}/{prefix}config.json", config)
     save_file(tensors, f"{folder}/{prefix}model.safetensors", {"format": "pt"})

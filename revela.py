@@ -16,9 +16,8 @@ it needs the right passages in view. So its next-token loss teaches the retrieve
     4. loss         next-token cross-entropy of the in-batch stream; both models learn from it, the
                     retriever through w alone
 
-The retriever and the objective come first, then the way from texts to its batches, and
-`encode_texts`, which is what one wants of a trained retriever. Last are its file, and other
-objectives, to compare with.
+The retriever and the objective come first, then the way from texts to batches, and to vectors. Last
+are the retriever's file, and other objectives, to compare with.
 
     retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
     vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
@@ -57,6 +56,7 @@ from model import (
     in_batch_plan,
     load_adapter,
     rope,
+    with_diagonal,
 )  # fmt: skip
 
 
@@ -71,10 +71,10 @@ class Retriever(nn.Module):
     def __init__(self, llama, tokenizer=None, pooling="eos"):
         super().__init__()
         self.llama, self.tokenizer, self.pooling = llama, tokenizer, pooling
-        if pooling == "mean":  # 0 and 1 until `standardise` or `load_pooling`
-            zero = torch.zeros(llama.config.hidden_size, device=llama.embed_tokens.weight.device)
-            self.register_buffer("mean", zero)
-            self.register_buffer("std", zero + 1)
+        # 0 and 1, which change nothing, until `standardise` or `load_pooling`
+        zero = torch.zeros(llama.config.hidden_size, device=llama.embed_tokens.weight.device)
+        self.register_buffer("mean", zero)
+        self.register_buffer("std", zero + 1)
 
     @classmethod
     def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
@@ -96,9 +96,7 @@ class Retriever(nn.Module):
     def forward(self, ids, mask):
         """ids, mask [..., T], right padded, EOS last -> unit vectors [..., D] float32."""
         x = self.pool(ids.flatten(0, -2), mask.flatten(0, -2))  # [N, D]
-        if self.pooling == "mean":
-            x = (x - self.mean) / self.std
-        x = F.normalize(x, dim=-1)
+        x = F.normalize((x - self.mean) / self.std, dim=-1)
         return x.unflatten(0, ids.shape[:-1])
 
     def pool(self, ids, mask):
@@ -143,6 +141,7 @@ class Revela(nn.Module):
     def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, dual_loss=False, **form):
         super().__init__()
         self.retriever, self.lm = retriever, lm
+        self.llamas = {"retriever": retriever.llama, "lm": lm}
         self.form = {"v_norm": v_norm} | form
         self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
         self.stats = {}  # of the last forward; tensors without gradient
@@ -244,8 +243,7 @@ def in_batch_weights(q, p, tau):
     Rows sum to one, and the diagonal is zero.
     """
     s = similarities(q, p)
-    itself = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
-    return (s / tau).masked_fill(itself, -torch.inf).softmax(-1)
+    return with_diagonal(s / tau, -torch.inf).softmax(-1)
 
 
 def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, start=0.0):
@@ -261,8 +259,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     """
     G, B, T = ids.shape
     cos, sin = rope(lm.config, T, ids.device)
-    itself = torch.eye(B, dtype=torch.bool, device=ids.device)
-    weights = weights.masked_fill(itself, 0)  # a caller may leave something there
+    weights = with_diagonal(weights, 0)  # a caller may leave something there
     # for speed: who reads whom, the same in every block. It leaves out weights up to 1e-8
     plan = in_batch_plan(weights, lm.config.num_attention_heads, T)
 
@@ -412,8 +409,6 @@ def halves(text):
 # --------------------------------------------------------------------------------------------------
 # texts -> vectors
 
-# Tokens in a batch where no gradient is wanted; on a CPU as many as suit its caches.
-BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 16384}
 ADVICE = "Smaller batches or texts help (eval.py: --batch_tokens, --max_len), or --dtype bfloat16"
 
 
@@ -424,7 +419,7 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
 
     kind           "query" or "passage": they have different prefixes
     max_len        tokens of a text that are read, EOS included
-    batch_tokens   most tokens of a batch of several texts; default: `BATCH_TOKENS`
+    batch_tokens   most tokens of a batch of several texts; default: what suits the device
     out            file name: the vectors are written to this .npy file, which must not exist, and
                    come back memory-mapped. Then memory holds one chunk, however many texts
     chunk          texts that are tokenized at a time, and run sorted by length
@@ -433,7 +428,7 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
         raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which encode needs")
     weight = retriever.llama.embed_tokens.weight
     device, shape = weight.device, (len(texts), weight.shape[1])
-    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
+    batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 16384)
     if out is None:
         vectors = torch.empty(shape)
     else:
@@ -441,19 +436,17 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
         vectors = torch.from_numpy(mapped)
     low = weight.dtype.itemsize < 4  # weights in bfloat16: compute by autocast, see `Llama.embed`
     precision = torch.autocast(device.type, weight.dtype, enabled=low)
-    total, what = sum(map(len, texts)), f"{len(texts):,} {kind} texts"
-    bar = tqdm(total=total, desc=what, unit=" characters", disable=not progress)
+    bar = tqdm(total=len(texts), desc=f"{kind} texts", disable=not progress)
     was_training = retriever.training
     retriever.eval()
     with bar, precision, out_of_memory("while encoding", ADVICE):
         for first in range(0, len(texts), chunk):
-            part = texts[first : first + chunk]
-            rows = retriever.tokenizer.retriever_ids(part, kind, max_len)
+            rows = retriever.tokenizer.retriever_ids(texts[first : first + chunk], kind, max_len)
             for batch in by_length(rows, batch_tokens):
                 ids, mask = pad([rows[i] for i in batch], retriever.tokenizer.eos_id)
                 embedded = retriever(ids.to(device), mask.to(device))  # [n, D]
                 vectors[[first + i for i in batch]] = embedded.cpu()
-                bar.update(sum(len(part[i]) for i in batch))
+                bar.update(len(batch))
     retriever.train(was_training)
     if out is not None:
         os.replace(f"{out}.partial", out)
@@ -543,7 +536,7 @@ class Contrastive(Revela):
     """
 
     def count(self, batch):
-        return torch.tensor(batch["lm_ids"].shape[:2].numel())  # G * B passages
+        return batch["lm_mask"].any(-1).sum()  # G * B passages
 
     def forward(self, batch):
         q, p = self.embed(batch)

@@ -26,8 +26,8 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections import defaultdict
-from contextlib import contextmanager, nullcontext, suppress
+from collections import Counter
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -62,12 +62,13 @@ from data import (
     read_collections,
     read_json,
     read_safetensors,
+    say,
     setup,
     write,
     write_json,
     write_toy_world,
 )  # fmt: skip
-from eval import dense_run, measure, show, write_encoding
+from eval import dense_run, measure, show
 from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save_adapter, save_model
 from revela import (
     Contrastive,
@@ -131,9 +132,9 @@ FLAGS = {
     "learning_rate": (1e-4, "peak of AdamW's learning rate"),
     "warmup_steps": (100, "updates until the peak; then linear decay to zero"),
     "weight_decay": (0.0, "AdamW's, on every trained weight"),
-    "max_grad_norm": (1.0, "clip both models' gradients together to this norm; 0, -1: do not", -1),
+    "max_grad_norm": (1.0, "clip both models' gradients together to this norm; 0: do not"),
     "num_train_epochs": (1.0, "passes over --data, if --max_steps does not say", 1e-9),
-    "max_steps": (0, "updates; 0, -1: what --num_train_epochs asks for", -1),
+    "max_steps": (0, "updates; 0: what --num_train_epochs asks for"),
     "groups_per_device": (1, "groups side by side in one micro-batch", 1),
     "gradient_accumulation_steps": (0, "micro-batches an update; 0: 32 groups an update"),
     "seed": (0, "of weights, dropout, order of the data, and the toy world"),
@@ -147,9 +148,9 @@ FLAGS = {
     ),
     "compile": (False, "torch.compile each block: minutes at the start, then faster on a GPU"),
     "num_workers": (-1, "processes that prepare batches; -1: 2 for a GPU, else 0", -1),
-    "logging_steps": (10, "updates between log lines; 0, -1: only the last", -1),
-    "save_steps": (500, "updates between checkpoints; 0, -1: only the last", -1),
-    "eval_every": (0, "updates between evaluations; 0, -1: only before and after", -1),
+    "logging_steps": (10, "updates between log lines; 0: only the last"),
+    "save_steps": (500, "updates between checkpoints; 0: only the last"),
+    "eval_every": (0, "updates between evaluations; 0: only before and after"),
     "eval_data": ([], "test collections to evaluate on, folders in BEIR layout"),
     "heldout_groups": (
         0,
@@ -185,6 +186,7 @@ def parse_args(argv=None):
         raise ValueError("an adapter to start from needs --lora_r; or merge it: eval.py --export")
     if args.inbatch_form == "convex" and args.inbatch_scale > 1:
         raise ValueError("--inbatch_form convex needs an --inbatch_scale of at most 1")
+    args.lm = args.lm or args.model
     args.no_inbatch |= args.inbatch_scale == 0
     if args.objective != "revela":
         if args.no_inbatch or args.strategy == "fsdp":
@@ -199,16 +201,23 @@ def parse_args(argv=None):
 # models
 
 
+def filled(llama, tensors, head):
+    """A Llama of the form of `llama`, LoRA included, that has `tensors`: not copies of them."""
+    with torch.device("meta"):
+        copy = Llama(llama.config, head)
+        if llama.lora:
+            add_lora(copy, *llama.lora.values())  # r, alpha, dropout, targets
+    copy.load_state_dict(tensors, strict=False, assign=True)
+    copy.path = llama.path
+    return copy
+
+
 def build_models(args, dtype, device):
     """The Llamas of retriever and language model. Trainable weights are float32."""
-    lm_base = args.lm or args.model
     dtype = dtype if args.lora_r else torch.float32
-    lm = Llama.from_pretrained(lm_base, dtype, device)
-    if lm_base == args.model and args.lora_r:  # the frozen weights exist once
-        with torch.device("meta"):
-            base = Llama(lm.config, head=False)
-        base.load_state_dict(lm.state_dict(), strict=False, assign=True)
-        base.path = lm.path
+    lm = Llama.from_pretrained(args.lm, dtype, device)
+    if args.lm == args.model and args.lora_r:  # the frozen weights exist once
+        base = filled(lm, lm.state_dict(), head=False)
     else:
         base = Llama.from_pretrained(args.model, dtype, device, head=False)
     options = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules.split(",")
@@ -268,7 +277,7 @@ def shard(revela, device, dtype):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     low = torch.bfloat16 if dtype == torch.bfloat16 else None  # gradients: reduced in float32
     policy = MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [*revela.retriever.llama.layers, *revela.lm.layers]:
+    for block in [block for llama in revela.llamas.values() for block in llama.layers]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(revela, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(revela, "diagnose")
@@ -293,22 +302,15 @@ def unsharded(llama, device, only=""):
     """
     if not isinstance(llama.layers[0], FSDPModule):
         return llama
-    with torch.device("meta"):
-        copy = Llama(llama.config, llama.has_head)
-        if llama.lora:
-            add_lora(copy, *llama.lora.values())  # r, alpha, dropout, targets
     named = [(name, p.detach()) for name, p in llama.named_parameters() if only in name]
     weights = {name: full_tensor(p).to(device) for name, p in named}
-    copy.load_state_dict(weights, strict=False, assign=True)
-    copy.path = llama.path
-    return copy
+    return filled(llama, weights, llama.has_head)
 
 
 def unsharded_retriever(retriever, device):
     """A `retriever` that is not sharded. It shares `mean` and `std`. Collective."""
     copy = Retriever(unsharded(retriever.llama, device), retriever.tokenizer, retriever.pooling)
-    if retriever.pooling == "mean":
-        copy.mean, copy.std = retriever.mean, retriever.std
+    copy.mean, copy.std = retriever.mean, retriever.std
     return copy.eval()  # shared or a copy, its caller goes back to training
 
 
@@ -334,39 +336,37 @@ def on(device, batch):
 def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world_size):
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
-    model: an objective, or the DDP around one. seeds: of each micro-batch's dropout. Returns scalar
+    model: an objective, or the DDP around one; the micro-batches are on `device`. seeds: of each
+    micro-batch's dropout. Returns scalar
     tensors: tokens, the number of targets; grad_norm_*, before clipping; the means of the
     objective's `stats`. They are of all processes. Raises FloatingPointError if a norm is not
     finite, before anything is changed.
     """
     revela = getattr(model, "module", model)
-    ddp = model is not revela
     counts = [revela.count(batch) for batch in micro_batches]
-    total = all_reduce(sum(counts).to(device))
-    stats = {"tokens": sum(revela.is_target(batch).sum() for batch in micro_batches)}
+    total = all_reduce(sum(counts))
+    stats = Counter(tokens=sum(revela.is_target(batch).sum() for batch in micro_batches))
     for i, batch in enumerate(micro_batches):
-        batch = on(device, batch)
-        share = counts[i].to(device) / total
+        share = counts[i] / total
         last = i == len(micro_batches) - 1  # gradients are reduced once per update
+        model.require_backward_grad_sync = last  # which DDP reads
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         torch.manual_seed(seeds[i])
-        with model.no_sync() if ddp and not last else nullcontext():
-            with autocast():
-                loss = model(batch)
-            (loss * share * world_size).backward()  # DDP and FSDP take the mean over processes
-        for name, value in revela.stats.items():
-            stats[name] = stats.get(name, 0) + value * share
-    sums = all_reduce(torch.stack([value.to(device).float() for value in stats.values()]))
+        with autocast():
+            loss = model(batch)
+        (loss * share * world_size).backward()  # DDP and FSDP take the mean over processes
+        stats.update({name: value * share for name, value in revela.stats.items()})  # adds
+    sums = all_reduce(torch.stack([value.float() for value in stats.values()]))
     stats, norms = dict(zip(stats, sums)), []
-    for name, module in (("retriever", revela.retriever), ("lm", revela.lm)):
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    for name, llama in revela.llamas.items():
+        gradients = [p.grad for p in llama.parameters() if p.grad is not None]
         norms.append(full_tensor(torch.nn.utils.get_total_norm(gradients).to(device)))
         stats[f"grad_norm_{name}"] = norms[-1]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not norm.isfinite():  # then on all processes: their gradients have met
         raise FloatingPointError(f"loss {stats['loss'].item()}, norm of gradients {norm.item()}")
-    if max_grad_norm > 0:
+    if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -412,8 +412,7 @@ def save_models(revela, folder, args, rank):
 
     Adapters, or after full training whole checkpoints with their tokenizers.
     """
-    bases = {"retriever": args.model, "lm": args.lm or args.model}
-    for name, llama in (("retriever", revela.retriever.llama), ("lm", revela.lm)):
+    for name, llama in revela.llamas.items():
         if name == "lm" and args.freeze_lm:
             continue
         # the other processes help to gather, and keep nothing
@@ -423,11 +422,10 @@ def save_models(revela, folder, args, rank):
         save = save_adapter if llama.lora else save_model
         save(llama, folder / name)
         for file in ("tokenizer.json", "tokenizer_config.json"):
-            if not llama.lora and (model_folder(bases[name]) / file).exists():
-                shutil.copyfile(model_folder(bases[name]) / file, folder / name / file)
+            if not llama.lora and (model_folder(llama.path) / file).exists():
+                shutil.copyfile(model_folder(llama.path) / file, folder / name / file)
     if rank == 0:
         save_pooling(revela.retriever, folder / "retriever")
-        write_encoding(folder / "retriever")
 
 
 def save_checkpoint(folder, step, revela, optimizer, identity, rank):
@@ -459,12 +457,12 @@ def save_checkpoint(folder, step, revela, optimizer, identity, rank):
         raise OSError(f"{final} could not be written ({error}); the one before is intact") from None
 
 
-def identify(args, groups, per_update, retriever, lm):
+def identify(args, groups, per_update, llamas):
     """{name: value} of all that decides what a training computes."""
     identity = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     identity |= {"groups": len(groups), "checksum of --data": groups.checksum}
     identity |= {"processes x --groups_per_device x --gradient_accumulation_steps": per_update}
-    for name, llama in (("retriever", retriever), ("language model", lm)):
+    for name, llama in llamas.items():
         identity |= {f"the {name}'s {k}": value for k, value in vars(llama.config).items()}
         identity[f"the {name}'s LoRA"] = llama.lora  # that of a given adapter, not of the flags
     return identity
@@ -517,17 +515,12 @@ class Log:
 
     def __init__(self, file, first_step, device, rank):
         self.file, self.device, self.rank = file, device, rank
-        self.since, self.sums, self.seconds = first_step, {}, 0.0
+        self.since, self.sums, self.seconds = first_step, Counter(), 0.0
         if rank == 0:
             lines = file.read_text().splitlines(keepends=True) if first_step else []
             # what comes after the checkpoint goes, and half a line of a killed run
             lines = [line for line in lines if line.endswith("\n")]
             write(file, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
-
-    def say(self, text):
-        """Print, by the first process."""
-        if self.rank == 0:
-            print(text, flush=True)
 
     def record(self, values):
         """Append a line to metrics.jsonl, by the first process."""
@@ -542,13 +535,12 @@ class Log:
         for key, what in (("per_data", "nDCG@10"), ("heldout_loss", "held-out loss")):
             if key in row:
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in row[key].items())
-                self.say(f"step {step}: {what} {shown}")
+                say(f"step {step}: {what} {shown}")
 
     def add(self, stats, seconds):
         """Take in the statistics of an update."""
         self.seconds += seconds
-        for name, value in stats.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.sums.update(stats)  # adds
 
     def line(self, step, total, lr):
         """Record and print the means."""
@@ -561,9 +553,8 @@ class Log:
         values["eta_s"] = seconds * (total - step)
         self.record(values)
         # the control has neither weights nor spread: 0 is shown
-        shown = defaultdict(float, values, total=total, minutes=values["eta_s"] / 60)
-        self.say(LINE.format_map(shown))
-        self.since, self.sums, self.seconds = step, {}, 0.0
+        say(LINE.format_map(Counter(values, total=total, minutes=values["eta_s"] / 60)))
+        self.since, self.sums, self.seconds = step, Counter(), 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -585,22 +576,14 @@ def catch_signals():
     return signals
 
 
-def claim(out, resume):
-    """Make `out` this run's folder: a new one, or with `resume` that of a run before."""
-    out.mkdir(parents=True, exist_ok=True)
+def check_out(out, resume):
+    """Raise ValueError unless `out` is free, or with `resume` the folder of a run before."""
     config = out / "config.json"
-    taken = ValueError(
-        f"{out} is not empty: choose another --out, or go on with --resume, if it is a run's"
-    )
-    if any(out.iterdir()):
-        # an empty file is of a run that was killed at once
-        ours = config.exists() and (not config.stat().st_size or "recipe" in read_json(config))
-        if not resume or not ours:
-            raise taken
-    try:
-        config.touch(exist_ok=resume)
-    except FileExistsError:  # by another run, a moment ago
-        raise taken from None
+    ours = resume and config.exists() and "recipe" in read_json(config)
+    if out.exists() and any(out.iterdir()) and not ours:
+        raise ValueError(
+            f"{out} is not empty: choose another --out, or go on with --resume, if it is a run's"
+        )
 
 
 def made_by():
@@ -620,6 +603,7 @@ def made_by():
 def make_world(folder, args, rank):
     """Set args.model, .data and .eval_data to the toy world in `folder`; make it if need be."""
     if rank == 0 and not folder.exists():
+        write_json(folder.parent / "config.json", vars(args))  # so that it is a run's folder
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
         write_toy_world(f"{folder}.partial", args.seed)
         torch.manual_seed(args.seed)
@@ -627,7 +611,8 @@ def make_world(folder, args, rank):
         save_model(llama, f"{folder}.partial")
         os.replace(f"{folder}.partial", folder)
     barrier()
-    args.model, args.data, args.eval_data = str(folder), str(folder / "groups.jsonl"), [str(folder)]
+    args.model = args.lm = str(folder)
+    args.data, args.eval_data = str(folder / "groups.jsonl"), [str(folder)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -662,7 +647,7 @@ def make_collate(args, tokenizer):
     return partial(
         collate,
         tokenizer=tokenizer,
-        lm_tokenizer=Tokenizer(args.lm or args.model),
+        lm_tokenizer=Tokenizer(args.lm),
         passage_max_len=args.passage_max_len,
         first_half=args.first_half,
         apart=args.objective == "contrastive",
@@ -725,10 +710,8 @@ def train(args, device, rank, world_size):
     accumulation = args.gradient_accumulation_steps
     accumulation = accumulation or max(1, 32 // (world_size * args.groups_per_device))
     per_update = world_size * accumulation * args.groups_per_device
-    total = args.max_steps
-    if total <= 0:
-        total = math.ceil(args.num_train_epochs * n_groups / per_update)
-    identity = identify(args, groups, per_update, revela.retriever.llama, revela.lm)
+    total = args.max_steps or math.ceil(args.num_train_epochs * n_groups / per_update)
+    identity = identify(args, groups, per_update, revela.llamas)
     # mean and std come with the model, or from a checkpoint, or are measured below
     has_pooling = load_pooling(revela.retriever, model_folder(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
@@ -742,7 +725,7 @@ def train(args, device, rank, world_size):
     log = Log(out / "metrics.jsonl", first_step, device, rank)
     if rank == 0:
         write_json(out / "config.json", vars(args) | {"made_by": made_by()})
-    log.say(
+    say(
         f"recipe {args.recipe}: {total} updates of {world_size} processes x {accumulation} "
         f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
         f"{total * per_update / n_groups:.2f} epochs of {n_groups:,} groups; "
@@ -750,7 +733,7 @@ def train(args, device, rank, world_size):
         f"{args.dtype} on {device}"
     )
     if args.warmup_steps >= total:
-        log.say(f"--warmup_steps {args.warmup_steps}: the run ends before its learning rate's peak")
+        say(f"--warmup_steps {args.warmup_steps}: the run ends before its learning rate's peak")
 
     def batch_of(i):
         return on(device, to_batch([groups[i]]))
@@ -777,7 +760,7 @@ def train(args, device, rank, world_size):
         lr = learning_rate(step - 1, args, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = [next(batches) for _ in range(accumulation)]
+        micro_batches = [on(device, next(batches)) for _ in range(accumulation)]
         seeds = [dropout_seed(args.seed, step, i * world_size + rank) for i in range(accumulation)]
         with explained(step, rank, order(first=step - 1, last=step)):
             stats = update(
@@ -798,10 +781,10 @@ def train(args, device, rank, world_size):
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
             barrier()
         if stop and not last:
-            log.say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
+            say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
             return STOPPED
     save_models(revela, out, args, rank)
-    log.say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
+    say(f"saved {out}/retriever" + ("" if args.freeze_lm else f" and {out}/lm"))
     return 0
 
 
@@ -819,18 +802,10 @@ def main(argv=None):
     args = parse_args(argv)
     device, rank, world_size = setup(args.device)
     if rank == 0:
-        claim(Path(args.out), args.resume)
+        check_out(Path(args.out), args.resume)
+    code = train(args, device, rank, world_size)
     barrier()
-    try:
-        code = train(args, device, rank, world_size)
-        barrier()
-        return code
-    except Exception:
-        begun = args.resume or Path(args.out, "metrics.jsonl").exists()
-        if rank == 0 and not begun:  # leave the folder as empty as it was
-            Path(args.out, "config.json").unlink(missing_ok=True)
-            shutil.rmtree(Path(args.out, "world"), ignore_errors=True)
-        raise
+    return code
 
 
 if __name__ == "__main__":

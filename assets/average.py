@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import must_be_new, read_json, read_safetensors
-from eval import write_encoding
 from model import write_folder
 from revela import POOLING
 
@@ -40,7 +39,6 @@ def main(argv=None):
         save_file(
             {name: sum(t[name] for t in given) / n for name in ("mean", "std")}, out / POOLING
         )
-    write_encoding(out)
 
 
 if __name__ == "__main__":

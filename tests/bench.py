@@ -151,6 +151,7 @@ def compare(model):
 def measure(part, steps, flags, model):
     """Median seconds of an update and their spread, peak memory, and the share of the peak."""
     args, device, ours, plain, batch = build(model, *flags)
+    batch = train.on(device, batch)
     objective, gpu = {"ours": ours, "plain": plain}[part], device.type == "cuda"
     dtype, trained = getattr(torch, args.dtype), [p for p in ours.parameters() if p.requires_grad]
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -229,7 +229,6 @@ def test_sentence_transformers_encodes_an_export_as_we_do(tmp_path, kind, poolin
         with pytest.raises(ValueError, match="or mean with our pooling.safetensors"):
             Retriever.from_pretrained(tmp_path / "again")
         shutil.copy(folder / "pooling.safetensors", tmp_path / "again")
-    assert eval.read_max_len(folder) == eval.read_max_len(tmp_path / "again") == 64
     for ours in map(Retriever.from_pretrained, (folder, tmp_path / "again")):
         for kind, truth in (("query", query), ("passage", passage)):
             got = ours.encode(texts, kind, max_len=64)

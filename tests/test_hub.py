@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from test_train import together
 from torch.multiprocessing import ProcessRaisedException
 
-from eval import read_max_len, write_encoding
 from revela import Retriever
 
 SHA = {"main": "a" * 40, "v1": "b" * 40}
 KNOWN = (*SHA, *SHA.values())
-POOLED = ["1_Pooling/config.json", "pooling.safetensors", "sentence_bert_config.json"]
+POOLED = ["1_Pooling/config.json", "pooling.safetensors"]
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
@@ -34,7 +33,6 @@ def hub(tmp_path):
     shutil.copy(tmp_path / "mean/pooling.safetensors", folder)
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
-    write_encoding(folder, 64)
     sent = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,9 +86,7 @@ def fetch(model, truth=None):
     assert retriever.llama.norm.weight.equal(weights["model.norm.weight"])
     if "@v1" in model:
         assert retriever.mean.equal(load_file(f"{truth}/pooling.safetensors")["mean"])
-    assert (retriever.pooling, read_max_len(model)) == (
-        ("mean", 64) if "@v1" in model else ("eos", 512)
-    )
+    assert retriever.pooling == ("mean" if "@v1" in model else "eos")
 
 
 def test_a_hub_id_is_fetched_once_and_only_what_is_needed(hub, tmp_path):

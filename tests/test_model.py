@@ -1,6 +1,5 @@
 """model.py: in-batch attention, golden vectors of the published implementation, LoRA, and files."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -278,15 +277,9 @@ def test_a_sharded_checkpoint_is_the_same_model(tiny):
     for file in set(weight_map.values()):
         save_file({name: whole[name] for name in whole if weight_map[name] == file}, tiny / file)
     (tiny / "model.safetensors").unlink()
-    index = tiny / "model.safetensors.index.json"
-    for bad in ("../model.safetensors", "/etc/passwd", 3):
-        index.write_text(json.dumps({"weight_map": weight_map | {"another": bad}}))
-        with pytest.raises(ValueError, match="weight_map must name .safetensors files of this"):
-            Llama.from_pretrained(tiny)
-    index.write_text(json.dumps({"weight_map": weight_map}))
     assert same(llama, Llama.from_pretrained(tiny))
     (tiny / "model-00001.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00001.safetensors"):
+    with pytest.raises(ValueError, match="missing .*weight"):
         Llama.from_pretrained(tiny)
 
 

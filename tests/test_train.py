@@ -10,11 +10,9 @@ import socket
 import subprocess
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial, partialmethod
 from itertools import permutations
 from pathlib import Path
-from threading import Barrier
 
 import pytest
 import torch
@@ -205,19 +203,18 @@ def test_out_of_memory_says_which_flags_help(tmp_path, monkeypatch):
     assert len(flags) > 6 and flags <= train.FLAGS.keys()
 
 
-def test_what_0_and_minus_1_mean(tmp_path):
+def test_what_0_means(tmp_path):
     train.write_toy_world(tmp_path / "world", 0, n_groups=1, n_test=20)
     train.main(arguments(tmp_path, "huge", "--max_steps 3 --max_grad_norm 1e9"))
     train.main(arguments(tmp_path, "clipped", "--max_steps 3 --max_grad_norm 0.1"))
-    for off in ("0", "-1"):
-        names = ("max_grad_norm", "max_steps", "logging_steps", "save_steps", "eval_every")
-        flags = [f"--{name} {off}" for name in names]
-        more = f"--num_train_epochs 0.75 --eval_data {tmp_path}/world"
-        train.main(arguments(tmp_path, off, *flags, more))
-        same(tmp_path / "huge", tmp_path / off, logs=False)
-        steps = [(row["step"], "loss" in row) for row in metrics(tmp_path / off)]
-        assert steps == [(0, False), (3, True), (3, False)]
-        assert len(list((tmp_path / off / "checkpoints").glob("step_*"))) == 1
+    names = ("max_grad_norm", "max_steps", "logging_steps", "save_steps", "eval_every")
+    flags = [f"--{name} 0" for name in names]
+    more = f"--num_train_epochs 0.75 --eval_data {tmp_path}/world"
+    train.main(arguments(tmp_path, "off", *flags, more))
+    same(tmp_path / "huge", tmp_path / "off", logs=False)
+    steps = [(row["step"], "loss" in row) for row in metrics(tmp_path / "off")]
+    assert steps == [(0, False), (3, True), (3, False)]
+    assert len(list((tmp_path / "off/checkpoints").glob("step_*"))) == 1
     with pytest.raises(AssertionError):
         same(tmp_path / "huge", tmp_path / "clipped", logs=False)
 
@@ -283,7 +280,8 @@ def shards(folder, argv):
     dist.barrier()
     assert train.restore(folder, *second, {"of": "this"}) == 7
     saved, restored = load_file(folder / "step_000007/state.safetensors"), parts(*second)
-    assert {name for name in saved if not name.endswith(".step")} == truth.keys()
+    pooled = {"retriever.mean", "retriever.std"}
+    assert {name for name in saved if not name.endswith(".step")} == truth.keys() | pooled
     for name, part in truth.items():
         assert torch.equal(restored[name], part), name
         dealt = (*saved[name].chunk(world), part[:0], part[:0])[rank]  # to the last, perhaps none
@@ -330,7 +328,6 @@ def test_what_standardises_stays_with_the_retriever(tmp_path, lora):
 
     before, after = (row["ndcg@10"] for row in metrics(tmp_path / "run") if "ndcg@10" in row)
     assert evaluated("mean") == pytest.approx(after, abs=1e-6) and after != before
-    assert eval.read_max_len(adapter) == 512
 
     lines = (tmp_path / "groups.jsonl").read_text().splitlines()
     (tmp_path / "others").write_text("".join(line + "\n" for line in lines[:3]))
@@ -537,7 +534,7 @@ def test_recipes_have_their_values_and_any_flag_overrides_them():
         assert parsed(given, "--recipe", one, *flags) >= RECIPES[other].items()
 
 
-OFF = "max_grad_norm max_steps logging_steps save_steps eval_every num_workers".split()  # at -1
+OFF = ["num_workers"]  # at -1
 POSITIVE = """attn_temperature lm_temperature train_group_size passage_max_len lora_alpha
     num_train_epochs groups_per_device""".split()
 NUMBERS = [name for name, (default, *_) in train.FLAGS.items() if type(default) in (int, float)]
@@ -592,7 +589,7 @@ def test_bad_commands_are_one_sentence_and_leave_the_run_folder_usable(tmp_path,
     toy = "--device cpu --out toy --max_steps 1".split()
     with pytest.raises(ValueError, match="LoRA target w is unknown"):
         train.main([*toy, "--lora_r", "1", "--lora_target_modules", "w"])
-    train.main(toy)
+    train.main([*toy, "--resume"])  # the world is there
     with pytest.raises(SystemExit):
         train.main(["--temprature", "1"])
     assert command("train.py", "--model", "x", code=1)[1].startswith("train.py: --data")
@@ -617,7 +614,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
         f"--data {tmp_path}/longer": "groups was 12 there, now it is 13",
         f"--data {tmp_path}/changed": "checksum of --data was",
         f"--model {tmp_path}/other": "retriever.* rope_theta was 10000.0 there, now it is 7.0",
-        f"--lm {tmp_path}/other": "language model.* rope_theta was 10000.0",
+        f"--lm {tmp_path}/other": "lm.* rope_theta was 10000.0",
     }.items():
         with pytest.raises(ValueError, match=message):
             train.main([*args, "--resume", *more.split()])
@@ -625,25 +622,6 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
     with pytest.raises(FileNotFoundError, match="run/checkpoints/elsewhere/meta.json does not"):
         train.main([*args, "--resume"])
     assert (tmp_path / "run/config.json").read_bytes() == config
-
-
-def test_of_two_runs_that_find_one_out_empty_exactly_one_goes_on(tmp_path, monkeypatch):
-    listed, both = Path.iterdir, Barrier(2)
-
-    def iterdir(path):
-        found = list(listed(path))
-        both.wait(60)  # until the other has looked, too
-        return found
-
-    def starts(_):
-        try:
-            return train.claim(tmp_path / "run", False) is None
-        except ValueError:
-            return False
-
-    monkeypatch.setattr(Path, "iterdir", iterdir)
-    with ThreadPoolExecutor(2) as threads:
-        assert sum(threads.map(starts, range(2))) == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the compiler itself
