@@ -587,14 +587,17 @@ def setup(device=None):
     device = device or here[0]
     if device.split(":")[0] not in here:
         raise ValueError(f"--device {device} is not there; here are: {', '.join(here)}")
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return torch.device(device), 0, 1
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # others wait for the first's BM25
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(device)
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return device, 0, 1
+    day = timedelta(days=1)  # others wait for the first one's BM25
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=day, device_id=gpu)
+    return device, dist.get_rank(), dist.get_world_size()
 
 
 def barrier():

@@ -216,9 +216,9 @@ class Revela(nn.Module):
         All logits would be large (16 x 157 x 128k floats: 1.3 GB). So `max_logits` exist at once,
         and the backward pass computes them again.
         """
-        is_target = self.is_target(batch)
-        hidden = hidden[..., :-1, :][is_target]  # [M, D]
-        ids = batch["lm_ids"][..., 1:][is_target]  # [M]
+        at = self.is_target(batch).flatten().nonzero()[:, 0]  # [M]
+        hidden = hidden[..., :-1, :].flatten(0, 2).index_select(0, at)  # [M, D]
+        ids = batch["lm_ids"][..., 1:].flatten()[at]  # [M]
 
         def summed(hidden, ids):
             logits = self.lm.logits(hidden).float()

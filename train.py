@@ -481,13 +481,14 @@ def restore(folder, revela, optimizer, identity):
         if before.get(name) != value:
             was, now = f"{before.get(name)!r:.200}", f"{value!r:.200}"
             raise ValueError(f"cannot resume {start}: {name} was {was} there, now it is {now}")
-    options = dcp.StateDictOptions(**DCP_OPTIONS)
-    # this gives a new AdamW its moments, zeros. All of it is overwritten below
+    # only for their names. This gives a new AdamW its moments, zeros
+    options = dcp.StateDictOptions(ignore_frozen_params=True)
     weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
     with blame(start / "state.safetensors", "lacks something of this run"):
         weights = {name: saved[name] for name in weights}
         for name, part in optim["state"].items():
-            part.update({key: saved[f"{name}.{key}"] for key in part})
+            optim["state"][name] = {key: saved[f"{name}.{key}"] for key in part}
+    options = dcp.StateDictOptions(**DCP_OPTIONS)
     states = {"model_state_dict": weights, "optim_state_dict": optim}
     dcp.set_state_dict(revela, optimizer, **states, options=options)
     return before["step"]
@@ -563,6 +564,12 @@ class Log:
 STOPPED = 75  # the exit code after SIGTERM or SIGINT: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
+def ignore_signals(_):
+    """Let a worker live on after Ctrl-C: the update in progress needs its batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def catch_signals():
     """A list that gets the first SIGTERM or SIGINT; at a second one the process leaves at once."""
     signals = []
@@ -625,12 +632,12 @@ def prepare(args, device, world_size):
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
     base, lm = build_models(args, dtype, where)
-    recompute_activations(base, args.activation_checkpointing)
-    recompute_activations(lm, args.activation_checkpointing)
-    if args.compile:
+    if args.compile:  # before what recomputes, of which nothing would be compiled
         torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
         for block in [*base.layers, *lm.layers]:
-            block.compile()
+            block.forward = torch.compile(block.forward)
+    recompute_activations(base, args.activation_checkpointing)
+    recompute_activations(lm, args.activation_checkpointing)
     retriever = Retriever(base, Tokenizer(args.model), args.pooling)
     model = build_objective(args, retriever, lm)
     if fsdp:
@@ -640,6 +647,14 @@ def prepare(args, device, world_size):
     if world_size > 1 and not fsdp:
         model = DistributedDataParallel(model, device_ids=[device] if gpu else None)
     return model, optimizer
+
+
+def make_autocast(args, device):
+    """The function () -> context in which the forward pass runs."""
+    # "selective" keeps a block's casts of weights, which come from the cache in its second stream
+    cached = args.activation_checkpointing != "selective"
+    low = args.dtype == "bfloat16"
+    return partial(torch.autocast, device.type, torch.bfloat16, low, cached)
 
 
 def make_collate(args, tokenizer):
@@ -665,6 +680,7 @@ def make_loader(args, groups, order, to_batch, gpu):
         collate_fn=to_batch,
         num_workers=workers,
         pin_memory=gpu,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own, so that the one behind dropout is left alone
     )
 
@@ -699,9 +715,7 @@ def train(args, device, rank, world_size):
         make_world(out / "world", args, rank)
     model, optimizer = prepare(args, device, world_size)
     revela = getattr(model, "module", model)
-    autocast = partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"
-    )
+    autocast = make_autocast(args, device)
 
     # -- data, and where it goes on
     groups = Groups(args.data, args.train_group_size)
@@ -722,9 +736,9 @@ def train(args, device, rank, world_size):
     )  # fmt: skip
     to_batch = make_collate(args, revela.retriever.tokenizer)
     loader = make_loader(args, groups, order(first=first_step, last=total), to_batch, gpu)
-    log = Log(out / "metrics.jsonl", first_step, device, rank)
     if rank == 0:
         write_json(out / "config.json", vars(args) | {"made_by": made_by()})
+    log = Log(out / "metrics.jsonl", first_step, device, rank)
     say(
         f"recipe {args.recipe}: {total} updates of {world_size} processes x {accumulation} "
         f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
@@ -770,13 +784,15 @@ def train(args, device, rank, world_size):
         log.add(stats, time.perf_counter() - began)
 
         last = step == total
-        stop = bool(
-            all_reduce(torch.tensor(len(signals), device=device))
-        )  # if any process is told to
+        stop = bool(signals)
+        if world_size > 1:  # or any other process is told to
+            stop = bool(all_reduce(torch.full((), len(signals), device=device)))
         if every(args.logging_steps, step) or last or stop:
             log.line(step, total, lr)
         if every(args.eval_every, step) or last:
-            report(step)  # before it is saved: what a crash between the two loses is made again
+            # before it is saved: what a crash between the two loses is made again, and saving puts
+            # FSDP's shards back in float32 after a pass without gradients
+            report(step)
         if every(args.save_steps, step) or last or stop:
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
             barrier()

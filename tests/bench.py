@@ -109,10 +109,10 @@ def build(model, *flags):
     torch.manual_seed(args.seed)
     retriever, lm = train.build_models(args, getattr(torch, args.dtype), device)
     for llama in (retriever, lm):
-        train.recompute_activations(llama, args.activation_checkpointing)
         for block in llama.layers if args.compile else ():
             torch._dynamo.config.recompile_limit = 64
-            block.compile()
+            block.forward = torch.compile(block.forward)
+        train.recompute_activations(llama, args.activation_checkpointing)
     ours = train.build_objective(args, Retriever(retriever, pooling=args.pooling), lm)
     plain = Plain(ours.retriever, lm, args.attn_temperature)
     plain.form = ours.form
@@ -154,7 +154,7 @@ def measure(part, steps, flags, model):
     batch = train.on(device, batch)
     objective, gpu = {"ours": ours, "plain": plain}[part], device.type == "cuda"
     dtype, trained = getattr(torch, args.dtype), [p for p in ours.parameters() if p.requires_grad]
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = train.make_autocast(args, device)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=gpu)
 
     def seconds(function, *args):

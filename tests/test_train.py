@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from functools import partial, partialmethod
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, TEXTS, command, edit, make_model
 from safetensors.torch import load_file, save_file
+from torch._dynamo.backends.debugging import aot_eager
 
 import eval
 import train
@@ -167,6 +168,13 @@ def test_accumulation_processes_and_strategies_do_not_change_the_update(tmp_path
         same(tmp_path / "1x4", tmp_path / other, 1e-6)
 
 
+def test_what_shards_save_is_float32_after_a_pass_in_bfloat16(tmp_path):
+    more = "--strategy fsdp --dtype bfloat16 --lora_r 0 --heldout_groups 3 --max_steps 1"
+    together(2, run, arguments(tmp_path, "run", more))
+    saved = weights(tmp_path / "run")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+
+
 def test_what_is_computed_again_is_not_kept(tiny):
     def kept(how):
         llama, numbers = Llama.from_pretrained(tiny), []
@@ -296,14 +304,17 @@ def test_every_shard_is_saved_and_comes_back(tmp_path, more):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(tmp_path, processes):
     more = "--max_steps 60 --gradient_accumulation_steps 1 --save_steps 1000 --resume"
+    more += " --num_workers 1"
     together(processes or 1, run, arguments(tmp_path, "whole", more))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = [sys.executable, *(launch if processes else []), ROOT / "train.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": env}
-    with subprocess.Popen([*words, *arguments(tmp_path, "cut", more)], **pipes) as process:
+    words += arguments(tmp_path, "cut", more)
+    with subprocess.Popen(words, **pipes, start_new_session=True) as process:
         next(line for line in process.stdout if line.strip().startswith("3/60"))
-        process.send_signal(signal.SIGTERM)
+        # Ctrl-C goes to all, workers included
+        process.send_signal(signal.SIGTERM) if processes else os.killpg(process.pid, signal.SIGINT)
         rest = process.stdout.read()
     assert process.returncode == (1 if processes else train.STOPPED)  # 1: torchrun's own
     assert processes or "stopped by a signal after update" in rest
@@ -626,15 +637,18 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # those of the compiler itself
 def test_compiled_blocks_compute_the_same(tmp_path, monkeypatch):
-    capture = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # needs no C++ compiler
-    monkeypatch.setattr(torch.nn.Module, "compile", capture)
-    for name, more in (("plain", ""), ("compiled", "--compile")):
-        train.main(
-            arguments(
-                tmp_path,
-                name,
-                "--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps 2",
-                more,
-            )
-        )
-    same(tmp_path / "plain", tmp_path / "compiled", 1e-5, logs=False)
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)  # which needs no C++ compiler
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    how = "--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps 2"
+    train.main(arguments(tmp_path, "plain", how))
+    for name, more in (("kept", ""), ("again", "--activation_checkpointing full")):
+        torch._dynamo.reset()
+        graphs.clear()
+        train.main(arguments(tmp_path, name, how, "--compile", more))
+        assert len(graphs) > 3
+        same(tmp_path / "plain", tmp_path / name, 1e-5, logs=False)
