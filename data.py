@@ -154,9 +154,9 @@ def split_passages(text, max_words=120):
 def group_by_document(documents, size, run_length, seed=0):
     """List groups of `size` passages from `documents`, which are lists of passages.
 
-    A group holds runs of up to `run_length` consecutive passages of one document. Runs of one
-    length are together: full ones with full ones. Where a group ends, a run may be cut. Every
-    passage is used once, but for those of a last, short group.
+    A group holds runs of up to `run_length` consecutive passages of one document. Runs are put in
+    order of length, so that whole ones fill whole groups. A run may be cut where a group ends.
+    Every passage is used once, but for those of a last, short group.
     """
     rng = random.Random(seed)
     runs = [doc[i : i + run_length] for doc in documents for i in range(0, len(doc), run_length)]
@@ -179,6 +179,7 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
     from eval import BM25  # here, since eval imports this file
 
     rng, groups, n_others = random.Random(seed), [], size // run_length - 1
+    nearest = max(nearest, 2 * n_others)
     documents = [doc for doc in documents if len(doc) >= run_length]
     rng.shuffle(documents)
     for first in range(0, len(documents), block):
@@ -410,10 +411,14 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
 # files. They are not to be trusted: nothing in them is code, and only regular files are read. Links
 # are followed: the hub's cache is made of them.
 
+# `mean` and `std` of a retriever that pools by its mean. Without this file it pools by the EOS
+POOLING = "pooling.safetensors"
 # All that is ever read of a model's folder; nothing else is fetched from the hub.
-FILES = """config.json model.safetensors model-*.safetensors
-tokenizer.json tokenizer_config.json adapter_config.json adapter_model.safetensors
-pooling.safetensors 1_Pooling/config.json""".split()
+FILES = (
+    """config.json model.safetensors model-*.safetensors tokenizer.json tokenizer_config.json
+adapter_config.json adapter_model.safetensors 1_Pooling/config.json""".split()
+    + [POOLING]
+)
 
 
 def model_folder(name):
@@ -566,7 +571,7 @@ def flags_given(description, flags, argv=None):
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         limits = flags[name][2:]
-        least, below = limits + (0, 1e15)[len(limits) :]
+        least, below = limits + (0, 1e15)[len(limits) :]  # these where none is given
         if type(value) in (int, float) and not least <= value < below:
             raise ValueError(f"--{name} is {value}; need at least {least}, and less than {below:g}")
     return defaults, given

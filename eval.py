@@ -117,6 +117,16 @@ def measure(run, qrels):
     return means | {"per_query": rows}
 
 
+def show(run, collection, n=3, depth=3):
+    """Print the first `n` queries with their first `depth` results; a star marks relevant ones."""
+    corpus, queries, qrels = collection
+    for qid, docids in list(ranking(run).items())[:n]:
+        print(f"  query: {queries[qid]}")
+        for docid in docids[:depth]:
+            star = "*" if qrels[qid].get(docid, 0) > 0 else " "
+            print(f"    {star} {run[qid][docid]:.3f}  {corpus[docid]}")
+
+
 HEAD = "data             system   nDCG@10   MRR@10    R@100  queries  documents      s"
 ROW = """{data:<16} {system:<7} {ndcg@10:8.4f} {mrr@10:8.4f} {recall@100:8.4f} \
 {queries:>8} {documents:>10} {s:6.1f}"""
@@ -158,8 +168,8 @@ def without_itself(collection, qid, pairs, k):
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
-    # " title query" ends with " query", and is less than twice as long
-    same = f" {text}".endswith(f" {query}") and 2 * len(query) > len(text)
+    ends = f" {text}".endswith(f" {query}")  # it is the query, perhaps after a title
+    same = ends and len(text) < 2 * len(query)  # and the title is the shorter part
     found = dict(pairs)
     if same and qrels[qid].get(qid, 0) <= 0:
         found.pop(qid, None)
@@ -283,16 +293,6 @@ def fuse(*runs):
 
 # --------------------------------------------------------------------------------------------------
 # questions at a prompt
-
-
-def show(run, collection, n=3, depth=3):
-    """Print the first `n` queries with their first `depth` results; a star marks relevant ones."""
-    corpus, queries, qrels = collection
-    for qid, docids in list(ranking(run).items())[:n]:
-        print(f"  query: {queries[qid]}")
-        for docid in docids[:depth]:
-            star = "*" if qrels[qid].get(docid, 0) > 0 else " "
-            print(f"    {star} {run[qid][docid]:.3f}  {corpus[docid]}")
 
 
 def read_passages(path):
@@ -532,7 +532,7 @@ def systems(args, retriever, options, collection, out):
         yield "fused", fuse(dense, bm25)
 
 
-def evaluate(args, retriever, options, say):
+def evaluate(args, retriever, options):
     """Yield the results of every collection and system, and print them."""
     collections = read_collections(args.data, args.split)
     files = dict.fromkeys(collections)
@@ -563,7 +563,6 @@ def main(argv=None):
     if rank > 0:  # helps with the dense runs and leaves the rest to the first process
         for name in ("bm25", "mteb", "export", "out", "interactive"):
             setattr(args, name, None)
-    say = print if rank == 0 else lambda *_: None
     retriever, options = None, {}
     if args.model:
         dtype = getattr(torch, args.dtype)
@@ -575,7 +574,7 @@ def main(argv=None):
             "progress": sys.stderr.isatty() and rank == 0,
         }
     results = []
-    for result in evaluate(args, retriever, options, say):
+    for result in evaluate(args, retriever, options):
         results.append(result)
         if args.out:  # as they come: a later failure loses nothing
             write_json(args.out, {"config": vars(args), "results": results})

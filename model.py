@@ -203,8 +203,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read      function (own, q) -> what `o_proj` gets; without: own, the causal attention. All
-                  are [N, H, T, d]
+        read      read(own, q) takes the place of own, the causal attention, if `read` is given. It,
+                  own and q are [N, H, T, d]
         kv_only   only keys and values are wanted: x is returned as it is
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -403,9 +403,10 @@ MAX_SCORES = 2**24  # attention scores that exist at once: 64 MiB in float32
 def in_batch_plan(weights, H, T, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
     """Who reads whom: a list of parts (i [b], j [b, n]), in which passage i[x] reads passages j[x].
 
-    Passages of all groups are numbered from 0 to N-1, and sorted by how many weights above
-    `negligible` they have. This list is cut into parts of at most `max_scores` attention scores, or
-    of one passage. In a part all read as many others, n: what the first of them needs, by weight.
+    weights [G, B, B] have a diagonal of zero. Passages of all groups are numbered from 0 to N-1,
+    sorted by how many weights above `negligible` they have, and cut into parts of at most
+    `max_scores` attention scores, or of one passage. The first of a part needs the most, n. So all
+    of the part read n passages: those with their n largest weights.
     """
     B, max_pairs = weights.shape[-1], max_scores // (H * T * T)
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
@@ -423,6 +424,8 @@ def in_batch_plan(weights, H, T, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
 
 def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
     """`in_batch_attention` [G, B, H, T, d] with nothing but the terms of `plan` in its sums.
+
+    weights [G, B, B] have a diagonal of zero.
 
     Scores exist for one part of the plan at a time, and are computed again for the backward pass:
     they are far larger than what they are computed from.
@@ -448,6 +451,7 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
         """What passages i [b] read of passages j [b, n]."""
         keys = passages(k, j).flatten(2, 3)  # [b, H_kv, n*T, d]
         scores = queries.index_select(0, i) @ keys.mT  # [b, H_kv, H/H_kv*T, n*T]
+        # [b, H_kv, H/H_kv*T, n, T] and [b, H_kv or 1, 1, n, T]
         scores = scores.unflatten(-1, (-1, T)) + passages(bias, j)[:, :, None]
         a = scores.softmax(-1)  # over the tokens of each passage: [b, H_kv, H/H_kv*T, n, T]
         w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
@@ -482,7 +486,7 @@ LAYERS = Rule("an integer from 1 to 999", [int], lambda x: 1 <= x < 1000)
 ID = Rule("a token id", [int], lambda x: -1 <= x < 10**9)
 IDS = Rule("a list of token ids", [list], lambda x: x != [] and all(map(ID.fits, x)))
 NUMBER = Rule("a number from 1e-29 to 1e15", [int, float], lambda x: 1e-29 <= x <= 1e15)
-SHARE = Rule("a number from 0 to less than 1", [int, float], lambda x: 0 <= x < 1)
+SHARE = Rule("a number from 0 to less than 0.99", [int, float], lambda x: 0 <= x < 0.99)
 OBJECT = Rule("an object", [dict], lambda x: True)
 FULL = Rule('a list of "full_attention"', [list], lambda x: x == ["full_attention"] * len(x))
 TARGETS = Rule(

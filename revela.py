@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
+    POOLING,
     PREFIX,
     blame,
     model_folder,
@@ -141,7 +142,7 @@ class Revela(nn.Module):
     def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, dual_loss=False, **form):
         super().__init__()
         self.retriever, self.lm = retriever, lm
-        self.llamas = {"retriever": retriever.llama, "lm": lm}
+        self.llamas = {"retriever": retriever.llama, "lm": lm}  # by the names of what is saved
         self.form = {"v_norm": v_norm} | form
         self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
         self.stats = {}  # of the last forward; tensors without gradient
@@ -197,9 +198,10 @@ class Revela(nn.Module):
         return losses, w
 
     def is_target(self, batch):
-        """[G, B, T-1] bool: whether the next token is real and not the pad token, as published.
+        """[G, B, T-1] bool: whether the next token is real.
 
-        A model without a pad token has the EOS for it.
+        As published, a pad token (where there is none, the EOS) does not count, even where the text
+        itself holds it.
         """
         config = self.lm.config
         pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
@@ -259,7 +261,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     """
     G, B, T = ids.shape
     cos, sin = rope(lm.config, T, ids.device)
-    weights = with_diagonal(weights, 0)  # a caller may leave something there
+    weights = with_diagonal(weights, 0)  # which the fast attention needs
     # for speed: who reads whom, the same in every block. It leaves out weights up to 1e-8
     plan = in_batch_plan(weights, lm.config.num_attention_heads, T)
 
@@ -464,8 +466,6 @@ def by_length(rows, batch_tokens):
 
 # --------------------------------------------------------------------------------------------------
 # the retriever's file
-
-POOLING = "pooling.safetensors"  # beside an adapter or a model: what standardises its vectors
 
 
 def load_pooling(retriever, folder):

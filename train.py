@@ -180,8 +180,8 @@ def parse_args(argv=None):
     defaults, given = flags_given(DESCRIPTION, FLAGS, argv)
     recipe = given.setdefault("recipe", "small" if "data" in given else "toy")
     args = Namespace(**defaults | RECIPES[recipe] | given)
-    if bool(args.data) != bool(args.model) or (args.eval_data and not args.data):
-        raise ValueError("--data (groups) and --model belong together, and --eval_data with them")
+    if bool(args.data) != bool(args.model) or ((args.eval_data or args.lm) and not args.data):
+        raise ValueError("--data (groups) and --model belong together; --eval_data, --lm need them")
     if (args.retriever_adapter or args.lm_adapter) and not args.lora_r:
         raise ValueError("an adapter to start from needs --lora_r; or merge it: eval.py --export")
     if args.inbatch_form == "convex" and args.inbatch_scale > 1:
@@ -190,7 +190,7 @@ def parse_args(argv=None):
     args.no_inbatch |= args.inbatch_scale == 0
     if args.objective != "revela":
         if args.no_inbatch or args.strategy == "fsdp":
-            raise ValueError("--objective replug and contrastive need in-batch attention, and ddp")
+            raise ValueError("--objective replug, contrastive: without --no_inbatch, and with ddp")
         args.freeze_lm = True
     if args.no_inbatch and args.freeze_lm:
         raise ValueError("--no_inbatch with --freeze_lm leaves nothing to train")
@@ -202,7 +202,10 @@ def parse_args(argv=None):
 
 
 def filled(llama, tensors, head):
-    """A Llama of the form of `llama`, LoRA included, that has `tensors`: not copies of them."""
+    """A new Llama like `llama`, LoRA included, whose parameters are `tensors`, not copies of them.
+
+    Parameters that `tensors` lack stay on the meta device.
+    """
     with torch.device("meta"):
         copy = Llama(llama.config, head)
         if llama.lora:
@@ -311,7 +314,7 @@ def unsharded_retriever(retriever, device):
     """A `retriever` that is not sharded. It shares `mean` and `std`. Collective."""
     copy = Retriever(unsharded(retriever.llama, device), retriever.tokenizer, retriever.pooling)
     copy.mean, copy.std = retriever.mean, retriever.std
-    return copy.eval()  # shared or a copy, its caller goes back to training
+    return copy.eval()  # unless sharded, this is the decoder in training: `revela.train()` is due
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,11 +339,13 @@ def on(device, batch):
 def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world_size):
     """Take one step on the mean loss over all tokens (or passages) of all processes' micro-batches.
 
-    model: an objective, or the DDP around one; the micro-batches are on `device`. seeds: of each
-    micro-batch's dropout. Returns scalar
-    tensors: tokens, the number of targets; grad_norm_*, before clipping; the means of the
-    objective's `stats`. They are of all processes. Raises FloatingPointError if a norm is not
-    finite, before anything is changed.
+    model            an objective, or the DDP around one
+    micro_batches    on `device`
+    seeds            one for the dropout of each micro-batch
+
+    Returns {name: scalar tensor} over all processes: `tokens`, the number of targets; the means of
+    the objective's `stats`; `grad_norm_*` before clipping. Raises FloatingPointError if a norm is
+    not finite, before anything is changed.
     """
     revela = getattr(model, "module", model)
     counts = [revela.count(batch) for batch in micro_batches]
@@ -398,9 +403,9 @@ def explained(step, rank, groups):
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
-# Arguments that may change when a run is resumed. They change nothing but rounding, and with
-# --groups_per_device the dropout; or what they stand for is compared by `identify`: a recipe's
-# values, the content of --data, the configurations of the models and the form of their LoRA.
+# Arguments that may differ at --resume: those that change nothing but rounding (and with
+# --groups_per_device the dropout); and those that are names, since `identify` compares what they
+# stand for: a recipe's values, the content of --data, the models' configurations and LoRA.
 MAY_CHANGE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
 eval_every eval_data save_steps""".split()
@@ -632,7 +637,7 @@ def prepare(args, device, world_size):
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
     base, lm = build_models(args, dtype, where)
-    if args.compile:  # before what recomputes, of which nothing would be compiled
+    if args.compile:  # first: of a block that recomputes nothing would be compiled
         torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
         for block in [*base.layers, *lm.layers]:
             block.forward = torch.compile(block.forward)
@@ -651,10 +656,13 @@ def prepare(args, device, world_size):
 
 def make_autocast(args, device):
     """The function () -> context in which the forward pass runs."""
-    # "selective" keeps a block's casts of weights, which come from the cache in its second stream
-    cached = args.activation_checkpointing != "selective"
-    low = args.dtype == "bfloat16"
-    return partial(torch.autocast, device.type, torch.bfloat16, low, cached)
+    # with "selective" no cache of casts: a block's second stream would take from it what it then
+    # does not find when it is computed again
+    options = {
+        "enabled": args.dtype == "bfloat16",
+        "cache_enabled": args.activation_checkpointing != "selective",
+    }
+    return partial(torch.autocast, device.type, torch.bfloat16, **options)
 
 
 def make_collate(args, tokenizer):
@@ -726,7 +734,7 @@ def train(args, device, rank, world_size):
     per_update = world_size * accumulation * args.groups_per_device
     total = args.max_steps or math.ceil(args.num_train_epochs * n_groups / per_update)
     identity = identify(args, groups, per_update, revela.llamas)
-    # mean and std come with the model, or from a checkpoint, or are measured below
+    # mean and std come with the model, or from a checkpoint, or are measured before update 1
     has_pooling = load_pooling(revela.retriever, model_folder(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = partial(
@@ -762,7 +770,7 @@ def train(args, device, rank, world_size):
 
     # -- the loop
     if first_step == 0 and args.pooling == "mean" and not has_pooling:
-        some = map(batch_of, range(min(25, n_groups)))  # 400 passages
+        some = map(batch_of, range(min(25, n_groups)))
         with autocast():
             unsharded_retriever(revela.retriever, device).standardise(some)
         revela.train()
@@ -790,8 +798,8 @@ def train(args, device, rank, world_size):
         if every(args.logging_steps, step) or last or stop:
             log.line(step, total, lr)
         if every(args.eval_every, step) or last:
-            # before it is saved: what a crash between the two loses is made again, and saving puts
-            # FSDP's shards back in float32 after a pass without gradients
+            # before saving: a crash in between then repeats this update and its evaluation. And a
+            # pass without gradients leaves some of FSDP's weights in bfloat16 until they are saved
             report(step)
         if every(args.save_steps, step) or last or stop:
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)

@@ -201,7 +201,7 @@ def contrastive_pilots():
     """Chosen by adi and med: texts read up to 96 tokens, 100 updates, seed 0."""
     yield from head("| negatives | τ | learning rate | adi | med |")
     runs = ["c-rand-.02", "c-rand-.05", "c-sim-.05", "c-sim-.1", "c-sim-.05-lr2e-4"]
-    for run in [*runs, "c-sim-.1-lr2e-4", "c-sim-.05-lr7e-5"]:
+    for run in [*runs, "c-sim-.1-lr2e-4", "c-sim-.2-lr2e-4", "c-sim-.05-lr7e-5"]:
         values = config(f"small/{run}")
         kind = "at random" if "rand" in run else "alike"
         cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]

@@ -245,6 +245,9 @@ def test_groups_by_similarity_are_runs_of_documents_alike():
     blocks = group_by_similarity(docs, 6, 2, seed=1, block=23)
     assert 15 < len(blocks) and len({p for g in blocks for p in g}) == 6 * len(blocks)
     assert len({place[p][0] for g in blocks for p in g}) > 23, "of all blocks"
+    assert group_by_similarity([[f"{i} a", f"{i} b"] for i in range(90)], 64, 1), (
+        "of many documents"
+    )
 
 
 def test_the_command_makes_groups_and_overwrites_nothing(tmp_path, monkeypatch, capsys):

@@ -584,8 +584,8 @@ def test_bad_commands_are_one_sentence_and_leave_the_run_folder_usable(tmp_path,
         "--lora_target_modules q_proj,w": "LoRA target w is unknown",
         "--eval_data none": "none/corpus.jsonl",
         "--device cuda": "--device cuda is not there; here are: .*cpu",
-        "--objective replug --strategy fsdp": "--objective .* need .* ddp",
-        "--objective replug --inbatch_scale 0": "--objective .* need in-batch attention",
+        "--objective replug --strategy fsdp": "--objective .* with ddp",
+        "--objective replug --inbatch_scale 0": "--objective .* without --no_inbatch",
         "--no_inbatch --freeze_lm": "leaves nothing to train",
         "--inbatch_form convex --inbatch_scale 2": "convex needs .* at most 1",
         "--out base --resume": "base is not empty: choose another --out",  # base is as it was
@@ -593,8 +593,8 @@ def test_bad_commands_are_one_sentence_and_leave_the_run_folder_usable(tmp_path,
         with pytest.raises((ValueError, OSError), match=message):
             train.main([*args, *more.split()])
     train.main(args)
-    for alone in ("--data x", "--model x", "--eval_data x"):
-        with pytest.raises(ValueError, match="--data .* and --model belong together, and --eval_d"):
+    for alone in ("--data x", "--model x", "--eval_data x", "--lm x"):
+        with pytest.raises(ValueError, match="--data .* and --model belong together; --eval_d"):
             train.main([*alone.split(), "--out", "toy"])
     monkeypatch.setattr(train, "write_toy_world", partial(train.write_toy_world, n_groups=9))
     toy = "--device cpu --out toy --max_steps 1".split()
