@@ -18,6 +18,7 @@ import os
 import random
 import re
 import sys
+import traceback
 import zlib
 from array import array
 from contextlib import contextmanager
@@ -256,13 +257,17 @@ def read_collections(folders, split="test"):
 
 
 def read_texts(file):
-    """{id: title + text} of JSON lines. Without "_id" a line's number is its id."""
+    """{id: title + text} of a corpus.jsonl or queries.jsonl. An id is a text or a number."""
     texts = {}
     for number, doc in read_documents(file):
-        key = str(doc.get("_id", number))
-        if key in texts:
-            raise ValueError(f"{file}:{number}: id {key!r:.80} occurs twice")
-        texts[key] = f"{doc.get('title') or ''} {doc['text']}".strip()
+        key, title = doc.get("_id"), doc.get("title") or ""
+        if type(key) not in (str, int) or not isinstance(title, str):
+            raise ValueError(
+                f'{file}:{number}: need an "_id", and a text as "title" if there is one'
+            )
+        if str(key) in texts:
+            raise ValueError(f"{file}:{number}: id {str(key)!r:.80} occurs twice")
+        texts[str(key)] = f"{title} {doc['text']}".strip()
     if not texts:
         raise ValueError(f"{file} is empty")
     return texts
@@ -508,9 +513,11 @@ def read_lines(file):
 
 
 def must_be_new(path):
-    """Return `path`, or None. Raises ValueError if it exists."""
+    """Return `path`, or None, and make the folder it will be in. Raises ValueError if it exists."""
     if path and Path(path).exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -614,6 +621,7 @@ def barrier():
 def leave(code=None):
     """End this process without Python's shutdown, in which one of gloo's threads may abort it."""
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code or 0)
 
 
@@ -622,8 +630,12 @@ def command(main):
     try:
         code = main()
     except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    leave(code)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        code = 1
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)  # also after a failure: Python would wait for workers, which ignore its signal
 
 
 # --------------------------------------------------------------------------------------------------
@@ -664,7 +676,11 @@ def main():
     groups = make_groups(documents, args.group_size, run_length, args.seed)
     if not groups:
         raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
-    write(args.out, "".join(json.dumps(texts, ensure_ascii=False) + "\n" for texts in groups))
+    partial = f"{args.out}.partial"
+    with open(partial, "w", encoding="utf-8", errors="replace") as out:
+        for texts in groups:
+            out.write(json.dumps(texts, ensure_ascii=False) + "\n")
+    os.replace(partial, args.out)
     repeated = total - len(seen)
     print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated left out)")
     print(f"{args.out}: {len(groups):,} groups of {args.group_size}")

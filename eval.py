@@ -45,7 +45,7 @@ from data import (
     must_be_new,
     must_exist,
     read_collections,
-    read_texts,
+    read_documents,
     say,
     setup,
     split_passages,
@@ -302,7 +302,9 @@ def read_passages(path):
     """
     path, texts = Path(path), []
     if re.search(r"\.jsonl(\.gz)?$", path.name):
-        texts = read_texts(path).items()
+        for number, doc in read_documents(path):
+            text = f"{doc.get('title') or ''} {doc['text']}"
+            texts.append((str(doc.get("_id", number)), text))
     elif path.is_dir():
         files = files_under(path, set())
         texts = [(str(file.relative_to(path)), read_text(file)) for file in files]

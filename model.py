@@ -558,9 +558,11 @@ ADAPTER = {
 
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    if (folder / "adapter_config.json").exists() or (folder / "retriever").exists():
-        need = "an adapter goes with --adapter; the retriever of a run is in its retriever/"
-        raise ValueError(f"{folder} is no base model: {need}")
+    for place in (folder, folder / "retriever"):  # --model is often given these
+        if (place / "adapter_config.json").exists():
+            raise ValueError(f"{folder} is no model: use --adapter {place}, its base as --model")
+    if (folder / "retriever").exists():
+        raise ValueError(f"{folder} is a training run: use --model {folder}/retriever")
     file = folder / "config.json"
     raw = read_json(file)
     if unknown := check(f"{file}:", raw, CONFIG):

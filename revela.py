@@ -139,7 +139,8 @@ class Revela(nn.Module):
     v_norm, form       how passages read each other: v_norm, scale, convex, start of `two_streams`
     """
 
-    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, dual_loss=False, **form):
+    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, *, dual_loss=False,
+                 **form):  # fmt: skip
         super().__init__()
         self.retriever, self.lm = retriever, lm
         self.llamas = {"retriever": retriever.llama, "lm": lm}  # by the names of what is saved

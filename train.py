@@ -504,7 +504,11 @@ def restore(folder, revela, optimizer, identity):
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far, in GB: of the GPU, else of RAM."""
+    """The most memory held so far, in GB: of the GPU, else of RAM.
+
+    RAM is this process's, or on Linux what its parent held when it started this one, if that is
+    more.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
@@ -712,6 +716,9 @@ def evaluate(revela, collections, heldout, autocast, device):
         sums = {name: sum(loss[name].item() for loss in losses) for name in losses[0]}
         row["heldout_loss"] = {name: total / len(heldout) for name, total in sums.items()}
         row["weights"] = [[round(w, 4) for w in w_i] for w_i in weights[0][0].tolist()]  # [B, B]
+    for module in revela.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # else in bfloat16 after a pass without gradients
     revela.train()
     return row, runs
 
@@ -797,13 +804,11 @@ def train(args, device, rank, world_size):
             stop = bool(all_reduce(torch.full((), len(signals), device=device)))
         if every(args.logging_steps, step) or last or stop:
             log.line(step, total, lr)
-        if every(args.eval_every, step) or last:
-            # before saving: a crash in between then repeats this update and its evaluation. And a
-            # pass without gradients leaves some of FSDP's weights in bfloat16 until they are saved
-            report(step)
         if every(args.save_steps, step) or last or stop:
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
             barrier()
+        if every(args.eval_every, step) or last:
+            report(step)
         if stop and not last:
             say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
             return STOPPED

@@ -65,6 +65,13 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_undisturbed_one(tmp_path)
     same(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_failure_ends_the_process_though_workers_ignore_its_signals(tmp_path):
+    code = "import train, data; train.update = None; data.command(train.main)"
+    words = [sys.executable, "-c", code, *arguments(tmp_path, "run", "--num_workers 2")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "'NoneType' object is not callable" in done.stderr
+
+
 def filling(room, args):
     """Train, and after update 2 let files have `room` bytes: the failure is one sentence."""
     update, calls = train.update, []

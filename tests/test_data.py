@@ -130,7 +130,7 @@ def test_odd_texts_come_back_as_they_are_and_are_tokenized(tmp_path, tiny):
 
 
 NOT_JSON = ["[1, 2", '["a", "\udcff"]', '["a", "b\x00"]', "[" * 10**5, "\ufeff"]
-NOT_JSON += ['{"src": %s, "text": ["a", "b"]}' % odd for odd in ["9" * 5000]]
+NOT_JSON += ['{"src": %s, "text": ["a", "b"]}' % ("9" * 5000)]
 BAD_LINES = dict.fromkeys(NOT_JSON, " is not JSON in UTF-8")
 BAD_LINES |= dict.fromkeys(['"text"', '{"text": "a"}', '["a", 3]'], ": need a list of texts")
 BAD_LINES |= {'["a"]': ": a group of 1 passages; need 2", '["a", " "]': ": passage 2 is empty"}
@@ -207,7 +207,7 @@ def documents(sizes):
 @pytest.mark.parametrize("size, run", [(16, 16), (16, 4), (5, 3), (2, 1)])
 def test_groups_by_document_are_runs_and_use_every_passage_once(size, run):
     docs = documents(random.Random(1).choices(range(41), k=60))
-    groups = list(group_by_document(docs, size, run, seed=2))
+    groups = group_by_document(docs, size, run, seed=2)
     used = [p for g in groups for p in g]
     assert all(len(g) == size for g in groups) and len(set(used)) == len(used)
     assert sum(map(len, docs)) - len(used) < size
@@ -215,8 +215,8 @@ def test_groups_by_document_are_runs_and_use_every_passage_once(size, run):
     pairs = [(place[a], place[b]) for g in groups for a, b in zip(g, g[1:])]
     starts = sum(b != (a[0], a[1] + 1) for a, b in pairs)
     assert starts <= sum(-(-len(d) // run) for d in docs), "hardly a run is cut"
-    assert groups == list(group_by_document(docs, size, run, seed=2))
-    assert groups != list(group_by_document(docs, size, run, seed=3))
+    assert groups == group_by_document(docs, size, run, seed=2)
+    assert groups != group_by_document(docs, size, run, seed=3)
 
 
 def test_long_documents_fill_groups_alone():
@@ -328,6 +328,8 @@ def test_notes_that_are_json_lines_or_nothing(tmp_path):
     (tmp_path / "n.jsonl.gz").write_bytes(gzip.compress(rows))
     for name in ("n.jsonl", "n.jsonl.gz"):
         assert read_passages(tmp_path / name) == [("x", "Cats see milk"), ("2", "a dog")]
+    (tmp_path / "twice.jsonl").write_bytes(rows + rows)
+    assert len(read_passages(tmp_path / "twice.jsonl")) == 4
     (tmp_path / "nul.txt").write_bytes(b"\xff\0")
     (tmp_path / "empty").mkdir()
     (tmp_path / "space.jsonl").write_text('{"text": " "}\n')
@@ -407,6 +409,9 @@ BAD_QRELS = dict.fromkeys(["q d", "q\t1\td\t1", "q\td\t1.0", "q\te\t1\tmore"], S
 BAD_QRELS |= {"q\td\t" + "9" * 400: SHAPE, "\udcff\td\t1": "test.tsv:2 is not UTF-8"}
 BAD_QRELS["q\td\t2"] = "test.tsv:2: 'd' has another score for 'q' above"
 BAD_ROWS = dict.fromkeys(["[]", '{"_id": "x"}', '{"_id": "x", "text": 3}'], OBJECT)
+ODD = ['{"text": ""}', '{"_id": null, "text": ""}', '{"_id": true, "text": ""}']
+ODD += ['{"_id": 3.0, "text": ""}', '{"_id": "x", "text": "", "title": ["T"]}']
+BAD_ROWS |= dict.fromkeys(ODD, 'corpus.jsonl:2: need an "_id", and a text as "title"')
 BAD_ROWS |= {'{"_id": 3, "text": ""}': "corpus.jsonl:2: id '3' occurs twice", "x": ":2 is not JSON"}
 
 

@@ -74,8 +74,7 @@ def test_an_absurd_config_is_refused_by_field(tiny, field):
     for value in ABSURD[field]:
         edit(tiny, **{field: value})
         text = refused(tiny, lambda: LlamaConfig.from_pretrained(tiny))
-        named = field, "RoPE", "rotary", "not JSON"  # which NaN is
-        assert any(name in text for name in named), text
+        assert any(name in text for name in (field, "RoPE", "rotary")), text
 
 
 def test_fields_unknown_to_us_are_named_in_a_config_and_refused_in_an_adapter(full, capsys):
@@ -117,7 +116,7 @@ def test_an_absurd_adapter_is_refused_by_field(full, field):
     for value in ABSURD_ADAPTER[field]:
         edit(full / "a", "adapter_config.json", **{field: value})
         text = refused(full, lambda: load_adapter(llama, full / "a"))
-        assert field in text or "not JSON" in text, text
+        assert field in text, text
 
 
 def shard(folder):
@@ -478,8 +477,7 @@ def test_fuzz_collection(tmp_path):
         corpus, queries, judged = read_beir(folder)
         rows = {name: values(folder / f"{name}.jsonl") for name in ("corpus", "queries")}
         text = lambda row: f"{row.get('title') or ''} {row['text']}".strip()  # noqa: E731
-        for name, these in rows.items():
-            rows[name] = {str(row.get("_id", n)): text(row) for n, row in enumerate(these, 1)}
+        rows = {name: {str(row["_id"]): text(row) for row in rows[name]} for name in rows}
         assert corpus == rows["corpus"] and judged
         assert queries == {qid: rows["queries"][qid] for qid in judged}
         lines = [re.split("[\t\r ]+", line) for line in qrels.read_text("utf-8-sig").split("\n")]

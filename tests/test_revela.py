@@ -77,7 +77,7 @@ def test_loss_and_gradients_equal_naive_loops(case, tmp_path):
     (tau, v_norm, scale, dual), (convex, start) = method[:4], method[4:] or (False, 0)
     retriever, lm, batch = make(tmp_path, **changes)
     form = {"scale": scale, "convex": convex, "start": start}
-    revela = Revela(retriever, lm, tau, v_norm, dual, **form)
+    revela = Revela(retriever, lm, tau, v_norm, dual_loss=dual, **form)
     loss = revela(batch)
     loss.backward()
 
@@ -204,7 +204,9 @@ def test_blocks_before_the_start_are_those_of_two_streams_without_reading(tmp_pa
 
 def test_a_diagnosis_is_the_loss_with_the_weights_with_uniform_ones_and_alone(tmp_path):
     retriever, lm, batch = make(tmp_path, dropout=0.3, num_hidden_layers=3)
-    revela = Revela(retriever, lm, 0.05, False, True, scale=0.3, convex=True, start=0.5).eval()
+    revela = Revela(
+        retriever, lm, 0.05, False, dual_loss=True, scale=0.3, convex=True, start=0.5
+    ).eval()
     losses, w = revela.diagnose(batch)
     truth = {"retriever": revela(batch) - revela.stats["context_loss"]}
     assert torch.equal(w, revela.weights(batch)) and not w.requires_grad

@@ -211,6 +211,23 @@ def test_out_of_memory_says_which_flags_help(tmp_path, monkeypatch):
     assert len(flags) > 6 and flags <= train.FLAGS.keys()
 
 
+def test_an_evaluation_that_fails_loses_no_training(tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def fails(*args):
+        if (tmp_path / "run/checkpoints").exists():
+            raise OSError("no space left")
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", fails)
+    with pytest.raises(OSError, match="no space left"):
+        train.main(arguments(tmp_path, "run", "--max_steps 2 --save_steps 0"))
+    monkeypatch.undo()
+    train.main(arguments(tmp_path, "run", "--max_steps 2 --save_steps 0 --resume"))
+    train.main(arguments(tmp_path, "whole", "--max_steps 2"))
+    same(tmp_path / "run", tmp_path / "whole", logs=False)
+
+
 def test_what_0_means(tmp_path):
     train.write_toy_world(tmp_path / "world", 0, n_groups=1, n_test=20)
     train.main(arguments(tmp_path, "huge", "--max_steps 3 --max_grad_norm 1e9"))
