@@ -419,11 +419,8 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
 # `mean` and `std` of a retriever that pools by its mean. Without this file it pools by the EOS
 POOLING = "pooling.safetensors"
 # All that is ever read of a model's folder; nothing else is fetched from the hub.
-FILES = (
-    """config.json model.safetensors model-*.safetensors tokenizer.json tokenizer_config.json
-adapter_config.json adapter_model.safetensors 1_Pooling/config.json""".split()
-    + [POOLING]
-)
+FILES = f"""config.json model.safetensors model-*.safetensors tokenizer.json tokenizer_config.json
+adapter_config.json adapter_model.safetensors 1_Pooling/config.json {POOLING}""".split()
 
 
 def model_folder(name):

@@ -224,12 +224,12 @@ def replug_pilots():
 def contrastive():
     """The best of the pilots at full length, beside Revela."""
     yield from head(
-        "| | mean, untrained | contrastive, seed 0 | Revela, seeds 0-4 | Revela - contrastive |"
+        "| | mean, untrained | contrastive, seeds 0-2 | Revela, seeds 0-4 | Revela - contrastive |"
     )
     for title, names in ROWS:
-        cells = [cell(f"small/{run}", "dense", *names) for run in ("untrained", "contrastive-0")]
-        cells.append(span(ndcg("small/seed-?", "dense", *names)))
-        sides = [(f"small/{run}", "dense") for run in ("seed-?", "contrastive-0")]
+        cells = [cell("small/untrained", "dense", *names)]
+        cells += [span(ndcg(f"small/{run}-?", "dense", *names)) for run in ("contrastive", "seed")]
+        sides = [(f"small/{run}-?", "dense") for run in ("seed", "contrastive")]
         yield line(title, *cells, paired(title, *sides) if len(names) == 1 else "")
 
 
