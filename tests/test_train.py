@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, TEXTS, command, edit, make_model
 from safetensors.torch import load_file, save_file
-from torch._dynamo.backends.debugging import aot_eager
 
 import eval
 import train
@@ -656,16 +655,14 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
 def test_compiled_blocks_compute_the_same(tmp_path, monkeypatch):
     graphs = []
 
-    def counted(graph, inputs):
+    def counted(graph, _):
         graphs.append(graph)
-        return aot_eager(graph, inputs)  # which needs no C++ compiler
+        return graph.forward  # a backend that needs no C++ compiler
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
-    how = "--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps 2"
+    how = "--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps 1"
     train.main(arguments(tmp_path, "plain", how))
-    for name, more in (("kept", ""), ("again", "--activation_checkpointing full")):
-        torch._dynamo.reset()
-        graphs.clear()
-        train.main(arguments(tmp_path, name, how, "--compile", more))
-        assert len(graphs) > 3
-        same(tmp_path / "plain", tmp_path / name, 1e-5, logs=False)
+    again = "--compile --activation_checkpointing full"
+    train.main(arguments(tmp_path, "compiled", how, again))
+    assert len(graphs) > 3
+    same(tmp_path / "plain", tmp_path / "compiled", 1e-5, logs=False)
