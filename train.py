@@ -641,7 +641,7 @@ def prepare(args, device, world_size):
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
     base, lm = build_models(args, dtype, where)
-    if args.compile:  # first: of a block that recomputes nothing would be compiled
+    if args.compile:  # first: what recomputes is wrapped around compiled blocks
         torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
         for block in [*base.layers, *lm.layers]:
             block.forward = torch.compile(block.forward)
