@@ -461,18 +461,6 @@ def blame(where, failed):
         raise ValueError(f"{where} {failed}: {brief(error) or type(error).__name__}") from None
 
 
-@contextmanager
-def out_of_memory(where, advice):
-    """Turn running out of memory into a ValueError that says what helps."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"out of memory {where} ({reason}). {advice}") from None
-
-
 def must_exist(file):
     """Return `file`. Raises FileNotFoundError unless it is a regular file."""
     if not Path(file).is_file():
@@ -623,15 +611,20 @@ def leave(code=None):
 
 
 def command(main):
-    """Run the `main` of a file. A user's mistake ends it with one line."""
+    """Run the `main` of a file. A user's mistake, or too little memory, ends it with one line."""
+    code, failure = 1, None
     try:
         code = main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        code = 1
-    except Exception:
-        traceback.print_exc()
-        code = 1
+        failure = str(error)
+    except Exception as error:
+        if "allocate" in str(error):  # so torch says it, of a CPU and of a GPU
+            reason = str(error).splitlines()[0]
+            failure = f"out of memory ({reason}). What helps: assets/OPERATIONS.md, When it stops"
+        else:
+            traceback.print_exc()
+    if failure:
+        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
     leave(code)  # also after a failure: Python would wait for workers, which ignore its signal
 
 

@@ -14,9 +14,7 @@ Shapes, here and in the other files:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,8 +84,8 @@ class Linear(nn.Linear):
 def dropout(x, p):
     """Zero each element with probability p and divide the rest by 1 - p.
 
-    On a CPU torch is slow at this: it draws a number for each element. Here numpy's fastest generator
-    draws 64 bits for four elements, in a tenth of the time. So p is rounded to a multiple of 2^-16.
+    On a CPU torch draws a number for each element, slowly. Here numpy's fastest generator draws 64
+    bits for four elements, in a tenth of the time. So p is rounded to a multiple of 2^-16.
     """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
@@ -471,32 +469,31 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. They are not to be trusted: what we do not
 # compute is refused by name, and no file leads out of its folder.
 
-# The tables below are {fields: what each of them may be}. {"head_dim": [None, SIZE]}: it may be
-# unset, or what the rule SIZE says.
+# The tables below are {fields: what each of them may be}. That is a value, or a rule:
+SIZE = range(1, 10**7)  # an integer out of these
+LAYERS = range(1, 1000)
+ID = range(-1, 10**9)
+NUMBER = (1e-29, 1e15)  # a number from the first to below the second
+SHARE = (0, 0.99)
+# dict: an object; and [rules]: a list, not empty, of what these allow
 
 
-class Rule(NamedTuple):
-    need: str  # in words
-    types: list  # one of which the value has; True is no int here
-    test: Callable  # and what else holds of it
+def fits(x, allowed):
+    """Whether the value x is one of those `allowed`, or follows one of the rules among them."""
+    for rule in allowed:
+        if isinstance(rule, range):
+            good = type(x) is int and x in rule  # True is no int here
+        elif isinstance(rule, tuple):
+            good = type(x) in (int, float) and rule[0] <= x < rule[1]
+        elif isinstance(rule, list):
+            good = type(x) is list and x != [] and all(fits(item, rule) for item in x)
+        else:
+            good = type(x) is dict if rule is dict else x == rule
+        if good:
+            return True
+    return False
 
-    def fits(self, x):
-        return type(x) in self.types and self.test(x)
 
-
-SIZE = Rule("a positive integer", [int], lambda x: 1 <= x < 10**7)
-LAYERS = Rule("an integer from 1 to 999", [int], lambda x: 1 <= x < 1000)
-ID = Rule("a token id", [int], lambda x: -1 <= x < 10**9)
-IDS = Rule("a list of token ids", [list], lambda x: x != [] and all(map(ID.fits, x)))
-NUMBER = Rule("a number from 1e-29 to 1e15", [int, float], lambda x: 1e-29 <= x <= 1e15)
-SHARE = Rule("a number from 0 to less than 0.99", [int, float], lambda x: 0 <= x < 0.99)
-OBJECT = Rule("an object", [dict], lambda x: True)
-FULL = Rule('a list of "full_attention"', [list], lambda x: x == ["full_attention"] * len(x))
-TARGETS = Rule(
-    f"a list out of {', '.join(LORA_TARGETS)}",
-    [list],
-    lambda x: x != [] and all(name in LORA_TARGETS for name in x),
-)
 # Fields that change nothing here.
 IGNORED = """architectures auto_mapping base_model_name_or_path dtype inference_mode is_llama_config
     max_window_layers megatron_core peft_version pretraining_tp qalora_group_size revision
@@ -513,8 +510,8 @@ def check(where, raw, rules):
     for names, allowed in rules.items():
         for name in names.split():
             value = raw.get(name)
-            if not any(x.fits(value) if isinstance(x, Rule) else x == value for x in allowed):
-                words = [x.need if isinstance(x, Rule) else str(x) for x in allowed]
+            if not fits(value, allowed):
+                words = [str(getattr(x, "__name__", x)) for x in allowed]  # "dict" for the type
                 need = " or ".join(words).replace("None", "unset")
                 raise ValueError(f"{where} {name} is {value!r:.80}; need {need}")
             unknown.discard(name)
@@ -528,12 +525,12 @@ CONFIG = {
     "num_key_value_heads head_dim max_position_embeddings": [None, SIZE],
     "num_hidden_layers": [LAYERS],
     "rms_norm_eps rope_theta initializer_range": [None, NUMBER],
-    "rope_scaling rope_parameters": [None, OBJECT],
+    "rope_scaling rope_parameters": [None, dict],
     "bos_token_id pad_token_id": [None, ID],
-    "eos_token_id": [None, ID, IDS],  # Llama 3's chat models list several
+    "eos_token_id": [None, ID, [ID]],  # Llama 3's chat models list several
     "tie_word_embeddings": [None, False, True],
     "hidden_act": [None, "silu"],
-    "layer_types": [None, FULL],
+    "layer_types": [None, ["full_attention"]],
     "is_causal": [None, True],
     "attention_bias mlp_bias rope_interleaved use_sliding_window": [None, False],
     "attention_dropout": [None, 0],
@@ -551,7 +548,7 @@ ADAPTER = {
     "r": [SIZE],
     "lora_alpha": [NUMBER],
     "lora_dropout": [SHARE],
-    "target_modules": [TARGETS],
+    "target_modules": [list(LORA_TARGETS)],
     "use_rslora": [None, False, True],
     "bias": [None, "none"],
     # others (pissa, olora ...) change the base's weights
@@ -561,11 +558,9 @@ ADAPTER = {
 
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    for place in (folder, folder / "retriever"):  # --model is often given these
-        if (place / "adapter_config.json").exists():
-            raise ValueError(f"{folder} is no model: use --adapter {place}, its base as --model")
-    if (folder / "retriever").exists():
-        raise ValueError(f"{folder} is a training run: use --model {folder}/retriever")
+    if (folder / "adapter_config.json").exists() or (folder / "retriever").exists():
+        use = "--model BASE --adapter RUN/retriever, or after full training --model RUN/retriever"
+        raise ValueError(f"{folder} is a run or an adapter, no model. Use {use}")
     file = folder / "config.json"
     raw = read_json(file)
     if unknown := check(f"{file}:", raw, CONFIG):

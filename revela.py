@@ -44,7 +44,6 @@ from data import (
     model_folder,
     must_be_new,
     must_exist,
-    out_of_memory,
     read_json,
     read_safetensors,
 )
@@ -412,8 +411,6 @@ def halves(text):
 # --------------------------------------------------------------------------------------------------
 # texts -> vectors
 
-ADVICE = "Smaller batches or texts help (eval.py: --batch_tokens, --max_len), or --dtype bfloat16"
-
 
 @torch.no_grad()
 def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=None, progress=False,
@@ -442,7 +439,7 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
     bar = tqdm(total=len(texts), desc=f"{kind} texts", disable=not progress)
     was_training = retriever.training
     retriever.eval()
-    with bar, precision, out_of_memory("while encoding", ADVICE):
+    with bar, precision:
         for first in range(0, len(texts), chunk):
             rows = retriever.tokenizer.retriever_ids(texts[first : first + chunk], kind, max_len)
             for batch in by_length(rows, batch_tokens):

@@ -27,7 +27,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +58,6 @@ from data import (
     fsync,
     group_order,
     model_folder,
-    out_of_memory,
     read_collections,
     read_json,
     read_safetensors,
@@ -344,8 +343,8 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     seeds            one for the dropout of each micro-batch
 
     Returns {name: scalar tensor} over all processes: `tokens`, the number of targets; the means of
-    the objective's `stats`; `grad_norm_*` before clipping. Raises FloatingPointError if a norm is
-    not finite, before anything is changed.
+    the objective's `stats`; `grad_norm_*` before clipping. Raises ValueError if a norm is not
+    finite, before anything is changed.
     """
     revela = getattr(model, "module", model)
     counts = [revela.count(batch) for batch in micro_batches]
@@ -370,34 +369,15 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
         stats[f"grad_norm_{name}"] = norms[-1]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not norm.isfinite():  # then on all processes: their gradients have met
-        raise FloatingPointError(f"loss {stats['loss'].item()}, norm of gradients {norm.item()}")
+        what = f"loss {stats['loss'].item()}, norm of gradients {norm.item()}: nothing was updated"
+        raise ValueError(
+            f"{what}. Try a smaller --learning_rate, or --dtype float32, from the start"
+        )
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad()
     return stats
-
-
-ADVICE = """The last checkpoint is intact.
-These flags help, change nothing but rounding, and go with --resume:
-  --activation_checkpointing selective, or full;  --strategy fsdp, with several processes;
-  --groups_per_device smaller, with more --gradient_accumulation_steps (other dropout).
-These help in a new run, and change what is computed:
-  --dtype bfloat16;  --passage_max_len, --train_group_size, --lora_r smaller."""
-
-
-@contextmanager
-def explained(step, rank, groups):
-    """Turn what stops an update into a sentence that says what to do."""
-    try:
-        with out_of_memory(f"in update {step}", ADVICE):
-            yield
-    except FloatingPointError as error:
-        raise ValueError(
-            f"update {step}, process {rank}: not finite: {error}. Its groups (of --data, from 0): "
-            f"{list(groups)}. Nothing was updated, and the last checkpoint is intact. "
-            "Try a new run with a smaller --learning_rate, or --dtype float32"
-        ) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -791,11 +771,10 @@ def train(args, device, rank, world_size):
             group["lr"] = lr
         micro_batches = [on(device, next(batches)) for _ in range(accumulation)]
         seeds = [dropout_seed(args.seed, step, i * world_size + rank) for i in range(accumulation)]
-        with explained(step, rank, order(first=step - 1, last=step)):
-            stats = update(
-                model, micro_batches, seeds,
-                optimizer, args.max_grad_norm, autocast, device, world_size,
-            )  # fmt: skip
+        stats = update(
+            model, micro_batches, seeds,
+            optimizer, args.max_grad_norm, autocast, device, world_size,
+        )  # fmt: skip
         log.add(stats, time.perf_counter() - began)
 
         last = step == total

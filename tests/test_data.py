@@ -9,6 +9,7 @@ import unicodedata
 
 import pytest
 import tokenizers
+import torch
 from conftest import TEXTS, command, edit
 
 import data
@@ -288,6 +289,19 @@ def test_the_command_makes_groups_and_overwrites_nothing(tmp_path, monkeypatch, 
     assert not list(tmp_path.glob("x.jsonl*"))
     stderr = command("data.py", "--docs", tmp_path / "bad.jsonl", "--out", "y.jsonl", code=1)[1]
     assert stderr.startswith("data.py: ") and len(stderr.splitlines()) == 1
+
+
+def test_too_little_memory_is_one_line_that_says_where_help_is(monkeypatch, capsys):
+    def gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    codes = []
+    monkeypatch.setattr("data.leave", codes.append)
+    for fails in (gpu, lambda: torch.empty(2**60)):
+        data.command(fails)
+        line = r"\S+: out of memory \(.*allocate .*\)\. What helps: .*\n"
+        assert re.fullmatch(line, capsys.readouterr().err)
+    assert codes == [1, 1]
 
 
 # --------------------------------------------------------------------------------------------------

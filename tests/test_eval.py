@@ -276,30 +276,11 @@ def test_what_training_wrote_given_as_model_says_which_flag_it_belongs_to(tiny, 
     (folder / "config.json").write_text('{"model": "m", "data": "g.jsonl"}')  # all arguments
     if lora:
         save_adapter(with_lora(llama), folder / "retriever")
-        use = f"--adapter {folder}/retriever"
     else:
         save_model(llama, folder / "retriever")
-        use = f"--model {folder}/retriever"
     for path in (folder, folder / "retriever")[: 1 + lora]:
-        with pytest.raises(ValueError, match=use):
+        with pytest.raises(ValueError, match=f"{folder}.* --adapter RUN.* --model RUN"):
             Retriever.from_pretrained(path)
-
-
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
-]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_out_of_memory_while_encoding_says_what_helps(tiny, tmp_path, monkeypatch, error):
-    def forward(*_):
-        raise error
-
-    monkeypatch.setattr(Retriever, "forward", forward)
-    with pytest.raises(ValueError, match="--batch_tokens.*--max_len.*--dtype") as caught:
-        run_main("--model", tiny, "--data", collection(tmp_path / "birds"))
-    assert "\n" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------

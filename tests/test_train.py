@@ -193,21 +193,9 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path):
     state = load_file(file)
     state[next(name for name in state if "lm." in name and "lora_B" in name)][0, 0] = torch.nan
     save_file(state, file)
-    needed = r"update 3, process 0: not finite.*Its groups.*: \[\[\d+\], .*--learning_rate"
-    with pytest.raises(ValueError, match=needed):
+    with pytest.raises(ValueError, match="loss nan, .* nothing was updated.*--learning_rate"):
         train.main(arguments(tmp_path, "run", "--resume"))
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000002\n"
-
-
-def test_out_of_memory_says_which_flags_help(tmp_path, monkeypatch):
-    def update(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(train, "update", update)
-    with pytest.raises(ValueError, match="memory in update 1 .CUDA out of.*2.00 GiB") as error:
-        train.main(arguments(tmp_path, "run"))
-    flags = set(re.findall(r"--(\w+)", str(error.value)))
-    assert len(flags) > 6 and flags <= train.FLAGS.keys()
 
 
 def test_an_evaluation_that_fails_loses_no_training(tmp_path, monkeypatch):
