@@ -78,7 +78,7 @@ class Linear(nn.Linear):
     def correction(self, x):
         """scale * B A dropout(x)."""
         x = dropout(x, self.dropout if self.training else 0.0)
-        return F.linear(self.lora_A(x), self.scale * self.lora_B.weight)
+        return self.lora_B(self.scale * self.lora_A(x))
 
 
 def dropout(x, p):
