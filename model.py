@@ -469,13 +469,11 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. They are not to be trusted: what we do not
 # compute is refused by name, and no file leads out of its folder.
 
-# The tables below are {fields: what each of them may be}. That is a value, or a rule:
+# The tables below are {fields: what each of them may be}: values, or rules.
 SIZE = range(1, 10**7)  # an integer out of these
-LAYERS = range(1, 1000)
 ID = range(-1, 10**9)
 NUMBER = (1e-29, 1e15)  # a number from the first to below the second
-SHARE = (0, 0.99)
-# dict: an object; and [rules]: a list, not empty, of what these allow
+# [rules]: a list of what these allow, not empty. dict: any object
 
 
 def fits(x, allowed):
@@ -523,7 +521,7 @@ CONFIG = {
     "model_type": ["llama", "qwen2", "qwen3"],
     "vocab_size hidden_size intermediate_size num_attention_heads": [SIZE],
     "num_key_value_heads head_dim max_position_embeddings": [None, SIZE],
-    "num_hidden_layers": [LAYERS],
+    "num_hidden_layers": [range(1, 1000)],
     "rms_norm_eps rope_theta initializer_range": [None, NUMBER],
     "rope_scaling rope_parameters": [None, dict],
     "bos_token_id pad_token_id": [None, ID],
@@ -547,7 +545,7 @@ ADAPTER = {
     "peft_type": ["LORA"],
     "r": [SIZE],
     "lora_alpha": [NUMBER],
-    "lora_dropout": [SHARE],
+    "lora_dropout": [(0, 0.99)],
     "target_modules": [list(LORA_TARGETS)],
     "use_rslora": [None, False, True],
     "bias": [None, "none"],
