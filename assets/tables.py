@@ -83,7 +83,9 @@ def paired(name, *sides):
 
 
 def span(values):
-    """Mean (lowest to highest)."""
+    """Mean (lowest to highest); one value as it is."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
@@ -136,15 +138,20 @@ def readme():
 
 
 def sizes():
-    """Groups of 8 and of 16, as many passages, seed 0."""
+    """Groups of 8, 16 and 32, as many passages; then what 16 is worth more than the others."""
     yield from head(
         "| passages in a group | updates | adi | cranfield | cisi | cacm | mean of three "
         "| with BM25 `--english` |"
     )
-    for run in ("small/size8-0", "small/seed-0"):
-        settings = [str(config(run)[key]) for key in ("train_group_size", "max_steps")]
-        cells = [cell(run, "dense", *names) for _, names in ROWS]
-        yield line(*settings, *cells, cell(run, "fused", *DATA))
+    for run in ("small/size8", "small/seed", "small/size32"):
+        settings = [str(config(f"{run}-0")[key]) for key in ("train_group_size", "max_steps")]
+        cells = [span(ndcg(f"{run}-[0-2]", "dense", *names)) for _, names in ROWS]
+        yield line(*settings, *cells, span(ndcg(f"{run}-[0-2]", "fused", *DATA)))
+    sixteen = ("small/seed-[0-2]", "dense")
+    for size in (8, 32):
+        other = (f"small/size{size}-[0-2]", "dense")
+        cells = [paired(name, sixteen, other) for name, _ in ROWS[:-1]]
+        yield line(f"16 - {size}", "", *cells, "", "")
 
 
 def own(system, *names):
@@ -273,6 +280,27 @@ def pilots():
         yield line(what, str(row["seed"]), *values, f"`{run}`")
 
 
+VARIANTS = {
+    "untrained": "before training",
+    "0": "the recipe",
+    "frozen-0": "`--freeze_lm`",
+    "muon-0": "Muon for AdamW, with rates scaled to AdamW's",
+    "rank8-0": "`--lora_r 8`",
+    "rank128-0": "`--lora_r 128`",
+}
+
+
+def variants():
+    """One thing changed in the recipe, seed 0; texts read up to 96 tokens."""
+    yield from head("| what differs | updates | adi | med | held-out gain |")
+    for run, what in VARIANTS.items():
+        short = f"small/short-{run}" if run in ("untrained", "0") else f"small/{run}"
+        cells = [cell(short, "dense", name) for name in ("adi", "med")]
+        found = gain("small/seed-0" if run in ("untrained", "0") else f"small/{run}")
+        step = 0 if run == "untrained" else max(found)
+        yield line(what, str(step), *cells, f"{found[step]:.3f}")
+
+
 def claims():
     """Of documents alike against random ones, of torch, and of the held-out loss."""
     rows = {row["run"]: row.get("per_query") for row in RUNS if row["update"] == 60}
@@ -336,8 +364,8 @@ def toy_ablations():
         yield line(title, *(f"{values[500]:.4f}" for values in found))
 
 
-TABLES = [toy, recipe, gains, averaged, hour, hour_end, pilots, contrastive_pilots, contrastive]
-TABLES += [replug_pilots, sizes, own_texts, torch_source, rounding, toy_ablations]
+TABLES = [toy, recipe, gains, averaged, hour, hour_end, pilots, variants, contrastive_pilots]
+TABLES += [contrastive, replug_pilots, sizes, own_texts, torch_source, rounding, toy_ablations]
 
 if __name__ == "__main__":
     for table in [*TABLES, claims]:
