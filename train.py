@@ -370,9 +370,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not norm.isfinite():  # then on all processes: their gradients have met
         what = f"loss {stats['loss'].item()}, norm of gradients {norm.item()}: nothing was updated"
-        raise ValueError(
-            f"{what}. Try a smaller --learning_rate, or --dtype float32, from the start"
-        )
+        raise ValueError(f"{what}. Start anew with a smaller --learning_rate or --dtype float32")
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(revela.parameters(), max_grad_norm, norm)
     optimizer.step()
