@@ -618,7 +618,8 @@ def command(main):
     except (ValueError, OSError) as error:
         failure = str(error)
     except Exception as error:
-        if "allocate" in str(error):  # so torch says it, of a CPU and of a GPU
+        # so torch says it, of a CPU and of a GPU
+        if isinstance(error, RuntimeError) and "allocate" in str(error):
             reason = str(error).splitlines()[0]
             failure = f"out of memory ({reason}). What helps: assets/OPERATIONS.md, When it stops"
         else:

@@ -553,9 +553,11 @@ ADAPTER = {
 
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    if (folder / "adapter_config.json").exists() or (folder / "retriever").exists():
-        use = "--model BASE --adapter RUN/retriever, or after full training --model RUN/retriever"
-        raise ValueError(f"{folder} is a run or an adapter, no model. Use {use}")
+    for place in (folder, folder / "retriever"):  # --model is often given these
+        if (place / "adapter_config.json").exists():
+            raise ValueError(f"{folder} is no model: use --adapter {place}, its base as --model")
+    if (folder / "retriever").exists():
+        raise ValueError(f"{folder} is a training run: use --model {folder}/retriever")
     file = folder / "config.json"
     raw = read_json(file)
     if unknown := check(f"{file}:", raw, CONFIG):

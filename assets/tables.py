@@ -280,25 +280,23 @@ def pilots():
         yield line(what, str(row["seed"]), *values, f"`{run}`")
 
 
-VARIANTS = {
-    "untrained": "before training",
-    "0": "the recipe",
-    "frozen-0": "`--freeze_lm`",
-    "muon-0": "Muon for AdamW, with rates scaled to AdamW's",
-    "rank8-0": "`--lora_r 8`",
-    "rank128-0": "`--lora_r 128`",
-}
+# what differs, and the runs that have its evaluation, its log, and the update
+VARIANTS = [
+    ("before training", "short-untrained", "seed-0", 0),
+    ("the recipe", "short-0", "seed-0", 100),
+    ("`--freeze_lm`", "frozen-0", "frozen-0", 100),
+    ("Muon for AdamW, with rates scaled to AdamW's", "muon-0", "muon-0", 100),
+    ("`--lora_r 8`", "rank8-0", "rank8-0", 100),
+    ("`--lora_r 128`", "rank128-0", "rank128-0", 100),
+]
 
 
 def variants():
     """One thing changed in the recipe, seed 0; texts read up to 96 tokens."""
     yield from head("| what differs | updates | adi | med | held-out gain |")
-    for run, what in VARIANTS.items():
-        short = f"small/short-{run}" if run in ("untrained", "0") else f"small/{run}"
-        cells = [cell(short, "dense", name) for name in ("adi", "med")]
-        found = gain("small/seed-0" if run in ("untrained", "0") else f"small/{run}")
-        step = 0 if run == "untrained" else max(found)
-        yield line(what, str(step), *cells, f"{found[step]:.3f}")
+    for what, run, log, step in VARIANTS:
+        cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
+        yield line(what, str(step), *cells, f"{gain(f'small/{log}')[step]:.3f}")
 
 
 def claims():
