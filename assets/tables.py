@@ -187,6 +187,29 @@ def gains():
         yield line(name, *cells, paired(name, both, ("bm25-english", "bm25")))
 
 
+def lengths():
+    """How many tokens of a text to read, chosen by adi and med."""
+    yield from head("| tokens of a text | adi | med |")
+    for size in ("64", "96", "128", "512"):
+        cells = [cell(f"small/len{size}-?", "dense", name) for name in ("adi", "med")]
+        yield line(size, *cells)
+
+
+def beginnings():
+    """The first 96 tokens of each text, in place of 512: four seeds, and their average."""
+    yield from head(
+        "| | 512 tokens | 96 tokens | 96 - 512 | 96, with BM25 `--english` "
+        "| 96, average of the four | average, with it |"
+    )
+    long, short, average = "small/seed-[0124]", "small/begin-?", "small/begin-average"
+    for title, names in ROWS:
+        cells = [span(ndcg(runs, "dense", *names)) for runs in (long, short)]
+        one = len(names) == 1
+        cells.append(paired(title, (short, "dense"), (long, "dense")) if one else "")
+        cells += [span(ndcg(short, "fused", *names)), cell(average, "dense", *names)]
+        yield line(title, *cells, cell(average, "fused", *names))
+
+
 def hour():
     """The recipe with 800 updates for 100, on the way."""
     [found], gains = logged("small/hour-0", "per_data"), gain("small/hour-0")
@@ -362,8 +385,9 @@ def toy_ablations():
         yield line(title, *(f"{values[500]:.4f}" for values in found))
 
 
-TABLES = [toy, recipe, gains, averaged, hour, hour_end, pilots, variants, contrastive_pilots]
-TABLES += [contrastive, replug_pilots, sizes, own_texts, torch_source, rounding, toy_ablations]
+TABLES = [toy, recipe, gains, averaged, lengths, beginnings, hour, hour_end, pilots, variants]
+TABLES += [contrastive_pilots, contrastive, replug_pilots, sizes, own_texts, torch_source]
+TABLES += [rounding, toy_ablations]
 
 if __name__ == "__main__":
     for table in [*TABLES, claims]:
