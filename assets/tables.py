@@ -252,13 +252,15 @@ def replug_pilots():
 
 
 def contrastive():
-    """The best of the pilots at full length, beside Revela."""
+    """The best of the pilots at full length: as many updates as Revela, then as many seconds."""
     yield from head(
-        "| | mean, untrained | contrastive, seeds 0-2 | Revela, seeds 0-4 | Revela - contrastive |"
+        "| | mean, untrained | contrastive, seeds 0-2 | contrastive, seed 0, 230 updates "
+        "| Revela, seeds 0-4 | Revela - contrastive, seeds 0-2 |"
     )
     for title, names in ROWS:
         cells = [cell("small/untrained", "dense", *names)]
-        cells += [span(ndcg(f"small/{run}-?", "dense", *names)) for run in ("contrastive", "seed")]
+        for run in ("contrastive-?", "contrastive-230-?", "seed-?"):
+            cells.append(span(ndcg(f"small/{run}", "dense", *names)))
         sides = [(f"small/{run}-?", "dense") for run in ("seed", "contrastive")]
         yield line(title, *cells, paired(title, *sides) if len(names) == 1 else "")
 
