@@ -82,6 +82,11 @@ def paired(name, *sides):
     return interval([means[0][q] - means[1][q] for q in means[1]])
 
 
+def difference(names, *sides):
+    """`paired` on one collection; nothing in a row that is a mean of several."""
+    return paired(names[0], *sides) if len(names) == 1 else ""
+
+
 def span(values):
     """Mean (lowest to highest); one value as it is."""
     if len(values) == 1:
@@ -204,8 +209,7 @@ def beginnings():
     long, short, average = "small/seed-[0124]", "small/begin-?", "small/begin-average"
     for title, names in ROWS:
         cells = [span(ndcg(runs, "dense", *names)) for runs in (long, short)]
-        one = len(names) == 1
-        cells.append(paired(title, (short, "dense"), (long, "dense")) if one else "")
+        cells.append(difference(names, (short, "dense"), (long, "dense")))
         cells += [span(ndcg(short, "fused", *names)), cell(average, "dense", *names)]
         yield line(title, *cells, cell(average, "fused", *names))
 
@@ -262,7 +266,7 @@ def contrastive():
         for run in ("contrastive-?", "contrastive-230-?", "seed-?"):
             cells.append(span(ndcg(f"small/{run}", "dense", *names)))
         sides = [(f"small/{run}-?", "dense") for run in ("seed", "contrastive")]
-        yield line(title, *cells, paired(title, *sides) if len(names) == 1 else "")
+        yield line(title, *cells, difference(names, *sides))
 
 
 def averaged():
@@ -274,8 +278,7 @@ def averaged():
     four, average = "small/seed-[0-3]", "small/average"
     for title, names in ROWS:
         cells = [span(ndcg(four, "dense", *names)), cell(average, "dense", *names)]
-        one = len(names) == 1
-        cells.append(paired(title, (average, "dense"), (four, "dense")) if one else "")
+        cells.append(difference(names, (average, "dense"), (four, "dense")))
         yield line(title, *cells, span(ndcg(four, "fused", *names)), cell(average, "fused", *names))
 
 
