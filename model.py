@@ -66,13 +66,15 @@ class Linear(nn.Linear):
         self.scale, self.dropout = 1.0, 0.0
 
     def forward(self, x):
-        y = super().forward(x)
         if self.lora_A is None:
-            return y
+            return super().forward(x)
         if self.dropout and self.training and torch.is_grad_enabled():
             # computed again in the backward pass: only x is kept, which q, k and v share
-            return y + checkpoint(self.correction, x, use_reentrant=False)
-        return y + self.correction(x)
+            y = checkpoint(self.correction, x, use_reentrant=False)
+        else:
+            y = self.correction(x)
+        # the frozen part last: where all this is computed again, the end is not needed
+        return y + super().forward(x)
 
     def correction(self, x):
         """scale * B A dropout(x)."""
@@ -168,6 +170,7 @@ class Attention(nn.Module):
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
+        x = x.to(self.q_proj.weight.dtype)  # once, not in each projection
         heads = -1, self.head_dim
         q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
         k = self.k_proj(x).unflatten(2, heads)  # [N, T, H_kv, d]
@@ -187,7 +190,13 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = x.to(self.gate_proj.weight.dtype)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [N, T, intermediate_size]
+        # computed again in the backward pass: gate and up are kept, not their product as well
+        return checkpoint(self.down, gate, up, use_reentrant=False)
+
+    def down(self, gate, up):
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

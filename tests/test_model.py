@@ -235,20 +235,52 @@ def test_dropout_drops_each_element_by_itself_and_keeps_the_mean(p, dtype):
 
 
 def test_the_same_seed_drops_the_same_also_when_computed_again(tiny):
-    """A layer's gradient, whose backward pass draws the mask again, is the written-out one's."""
-    layer = with_lora(Llama.from_pretrained(tiny), dropout=0.4).layers[0].mlp.up_proj
-    x, A, B = torch.randn(50, 32, requires_grad=True), layer.lora_A.weight, layer.lora_B.weight
+    """Gradients of an MLP, whose backward pass draws the masks again, are the written-out ones."""
+    mlp = with_lora(Llama.from_pretrained(tiny), dropout=0.4).layers[0].mlp
+    x, weights = torch.randn(50, 32, requires_grad=True), dict(mlp.named_parameters())
+
+    def written_out(kept_by):
+        def linear(name, x):
+            W, A, B = (weights[f"{name}_proj.{m}weight"] for m in ("", "lora_A.", "lora_B."))
+            return x @ W.T + 6 / 3 * (x * kept_by(x)) @ A.T @ B.T
+
+        return linear("down", F.silu(linear("gate", x)) * linear("up", x))
+
     torch.manual_seed(7)
-    kept = dropout(torch.ones_like(x), 0.4)
-    assert not torch.equal(kept, dropout(torch.ones_like(x), 0.4))
-    truth = x @ layer.weight.T + 6 / 3 * (x * kept) @ A.T @ B.T
+    truth = written_out(lambda x: dropout(torch.ones_like(x), 0.4))
+    assert not torch.allclose(truth, written_out(lambda x: dropout(torch.ones_like(x), 0.4)))
     torch.manual_seed(7)
-    y = layer(x)
+    y = mlp(x)
     torch.rand(3)  # what is drawn in between changes nothing
     torch.testing.assert_close(y, truth)
-    ours, theirs = (torch.autograd.grad(z.square().sum(), (x, A, B)) for z in (y, truth))
+    trained = [x, *(p for p in weights.values() if p.requires_grad)]
+    assert len(trained) == 7
+    ours, theirs = (torch.autograd.grad(z.square().sum(), trained) for z in (y, truth))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(layer.eval()(x), x @ layer.weight.T + 2 * x @ A.T @ B.T)
+    torch.testing.assert_close(mlp.eval()(x), written_out(torch.ones_like))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_block_keeps_what_projections_read_once_and_what_is_multiplied(tiny, p):
+    """Sizes of what the backward pass needs, in bfloat16 numbers of each of 80 tokens."""
+    block = with_lora(Llama.from_pretrained(tiny, torch.bfloat16), dropout=p).layers[0]
+    cos, sin = model.rope(LlamaConfig.from_pretrained(tiny), 40, "cpu")
+    storages = {}
+
+    def keep(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    def kept(function):
+        storages.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            function(torch.randn(2, 40, 32, requires_grad=True) * 1)  # autocast caches leaves
+        sizes = sorted(storage.nbytes() / (2 * 80) for storage in storages.values())
+        return [size for size in sizes if size >= 32]  # LoRA's are smaller
+
+    assert kept(lambda x: block.self_attn.qkv(x, cos, sin)) == [32]
+    assert kept(block.mlp) == [32, 48, 48]  # x, gate and up
 
 
 # --------------------------------------------------------------------------------------------------
