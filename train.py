@@ -47,7 +47,7 @@ from torch.distributed.fsdp import (
 )  # fmt: skip
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from data import (
     Groups,
@@ -142,8 +142,8 @@ FLAGS = {
     "strategy": (("ddp", "fsdp"), "with several processes: each holds all weights, or a part"),
     "dtype": (("bfloat16", "float32"), "bfloat16: autocast, and frozen weights are kept in it"),
     "activation_checkpointing": (
-        ("none", "selective", "full"),
-        "compute again instead of keeping: all but linear layers, or whole blocks",
+        ("none", "full"),
+        "full: compute blocks again in the backward pass, instead of keeping what is in them",
     ),
     "compile": (False, "torch.compile each block: minutes at the start, then faster on a GPU"),
     "num_workers": (-1, "processes that prepare batches; -1: 2 for a GPU, else 0", -1),
@@ -253,19 +253,15 @@ def build_objective(args, retriever, lm):
     return objective(retriever, lm, **method)
 
 
-def recompute_activations(llama, how):
-    """Compute parts of each block again in the backward pass, to keep less. Same results.
-
-    how: "none"; "selective": all but the outputs of linear layers; "full": whole blocks.
-    """
-    if how == "none":
-        return
-    options = {"use_reentrant": False}
-    if how == "selective":
-        matmuls = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, matmuls)
+def wrap_blocks(llama, args):
+    """Let each block be compiled, and computed again in the backward pass, if `args` say so."""
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
     for block in llama.layers:
-        block.forward = partial(checkpoint, block.forward, **options)
+        if args.compile:
+            block.forward = torch.compile(block.forward)
+        if args.activation_checkpointing == "full":  # around what is compiled
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def shard(revela, device, dtype):
@@ -619,12 +615,8 @@ def prepare(args, device, world_size):
     torch.manual_seed(args.seed)
     where = torch.device("cpu") if fsdp else device  # shards move to the device one by one
     base, lm = build_models(args, dtype, where)
-    if args.compile:  # first: what recomputes is wrapped around compiled blocks
-        torch._dynamo.config.recompile_limit = 64  # streams, sizes, with and without gradients
-        for block in [*base.layers, *lm.layers]:
-            block.forward = torch.compile(block.forward)
-    recompute_activations(base, args.activation_checkpointing)
-    recompute_activations(lm, args.activation_checkpointing)
+    wrap_blocks(base, args)
+    wrap_blocks(lm, args)
     retriever = Retriever(base, Tokenizer(args.model), args.pooling)
     model = build_objective(args, retriever, lm)
     if fsdp:
@@ -638,13 +630,8 @@ def prepare(args, device, world_size):
 
 def make_autocast(args, device):
     """The function () -> context in which the forward pass runs."""
-    # with "selective" no cache of casts: a block's second stream would take from it what it then
-    # does not find when it is computed again
-    options = {
-        "enabled": args.dtype == "bfloat16",
-        "cache_enabled": args.activation_checkpointing != "selective",
-    }
-    return partial(torch.autocast, device.type, torch.bfloat16, **options)
+    enabled = args.dtype == "bfloat16"
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled)
 
 
 def make_collate(args, tokenizer):

@@ -109,10 +109,7 @@ def build(model, *flags):
     torch.manual_seed(args.seed)
     retriever, lm = train.build_models(args, getattr(torch, args.dtype), device)
     for llama in (retriever, lm):
-        for block in llama.layers if args.compile else ():
-            torch._dynamo.config.recompile_limit = 64
-            block.forward = torch.compile(block.forward)
-        train.recompute_activations(llama, args.activation_checkpointing)
+        train.wrap_blocks(llama, args)
     ours = train.build_objective(args, Retriever(retriever, pooling=args.pooling), lm)
     plain = Plain(ours.retriever, lm, args.attn_temperature)
     plain.form = ours.form
