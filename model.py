@@ -73,7 +73,7 @@ class Linear(nn.Linear):
             y = checkpoint(self.correction, x, use_reentrant=False)
         else:
             y = self.correction(x)
-        # the frozen part last: where all this is computed again, the end is not needed
+        # the frozen matmul last: computing again stops before it
         return y + super().forward(x)
 
     def correction(self, x):
@@ -86,15 +86,16 @@ def dropout(x, p):
     """Zero each element with probability p and divide the rest by 1 - p.
 
     On a CPU torch draws a random number for each element. Here a 64-bit number serves four elements
-    with 16 bits each, in a fifth of the time. So p is rounded to a multiple of 2^-16.
+    with 16 bits each, in a fifth of the time. So p is rounded to a multiple of 2^-16. On mps, too,
+    numbers are the CPU's: of these `checkpoint` draws the same again.
     """
-    if p == 0 or x.device.type != "cpu":
+    if p == 0 or x.device.type == "cuda":
         return F.dropout(x, p)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
     dropped = round(p * 2**16)
-    kept = bits.ge_(dropped - 2**15).to(x.dtype)  # 0 or 1
-    return x * kept.mul_(2**16 / (2**16 - dropped))
+    kept = bits.ge_(dropped - 2**15).to(x)  # 0 or 1
+    return (x * kept).mul_(2**16 / (2**16 - dropped))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -170,7 +171,7 @@ class Attention(nn.Module):
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
-        x = x.to(self.q_proj.weight.dtype)  # once, not in each projection
+        x = x.to(self.q_proj.weight.dtype)  # if frozen, bfloat16: cast once, not in each of these
         heads = -1, self.head_dim
         q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
         k = self.k_proj(x).unflatten(2, heads)  # [N, T, H_kv, d]
@@ -191,11 +192,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = x.to(self.gate_proj.weight.dtype)
-        gate, up = self.gate_proj(x), self.up_proj(x)  # [N, T, intermediate_size]
-        # computed again in the backward pass: gate and up are kept, not their product as well
-        return checkpoint(self.down, gate, up, use_reentrant=False)
+        # only gate and up are kept: the rest is computed again in the backward pass
+        return checkpoint(self.down, self.gate_proj(x), self.up_proj(x), use_reentrant=False)
 
-    def down(self, gate, up):
+    def down(self, gate, up):  # both [N, T, intermediate_size]
         return self.down_proj(F.silu(gate) * up)
 
 
