@@ -86,8 +86,8 @@ def dropout(x, p):
     """Zero each element with probability p and divide the rest by 1 - p.
 
     On a CPU torch draws a random number for each element. Here a 64-bit number serves four elements
-    with 16 bits each, in a fifth of the time. So p is rounded to a multiple of 2^-16. On mps, too,
-    numbers are the CPU's: of these `checkpoint` draws the same again.
+    with 16 bits each, in a fifth of the time. So p is rounded to a multiple of 2^-16. On mps the
+    numbers are the CPU's, too, since `checkpoint` can draw only those again.
     """
     if p == 0 or x.device.type == "cuda":
         return F.dropout(x, p)
@@ -171,7 +171,8 @@ class Attention(nn.Module):
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
-        x = x.to(self.q_proj.weight.dtype)  # if frozen, bfloat16: cast once, not in each of these
+        # to bfloat16, if frozen weights are: once, and not in each projection
+        x = x.to(self.q_proj.weight.dtype)
         heads = -1, self.head_dim
         q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
         k = self.k_proj(x).unflatten(2, heads)  # [N, T, H_kv, d]

@@ -256,7 +256,7 @@ def replug_pilots():
 
 
 def contrastive():
-    """The best of the pilots at full length: as many updates as Revela, then as many seconds."""
+    """The best of the pilots at full length: as many updates as Revela, then about its time."""
     yield from head(
         "| | mean, untrained | contrastive, seeds 0-2 | contrastive, 230 updates "
         "| Revela, seeds 0-4 | Revela - contrastive | Revela - 230 updates |"

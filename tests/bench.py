@@ -163,11 +163,12 @@ def measure(part, steps, flags, model):
     def step():
         train.update(objective, [batch], [0], optimizer, args.max_grad_norm, autocast, device, 1)
 
-    with FlopCounterMode(display=False) as flops:
-        step()
     step()  # with --compile the one that compiles
     times = [seconds(step) for _ in range(steps)]
-    memory, x = train.peak_memory(device), torch.randn(4096, 4096, device=device, dtype=dtype)
+    memory = train.peak_memory(device)
+    with FlopCounterMode(display=False) as flops:  # last: it holds tensors
+        step()
+    x = torch.randn(4096, 4096, device=device, dtype=dtype)
     peak = 2 * 4096**3 / min(seconds(torch.matmul, x, x) for _ in range(10))
     s = statistics.median(times)
     return s, max(times) - min(times), memory, flops.get_total_flops() / s / peak

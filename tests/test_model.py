@@ -218,7 +218,9 @@ def test_lora_starts_at_zero_freezes_the_rest_and_merges(tiny):
     assert (apart - before).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("p, dtype", [(0.1, torch.float32), (0.1, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "p, dtype", [(0.1, torch.float32), (0.1, torch.bfloat16), (0.5, torch.bfloat16)]
+)
 def test_dropout_drops_each_element_by_itself_and_keeps_the_mean(p, dtype):
     torch.manual_seed(0)
     y = dropout(torch.ones(1001, 999, dtype=dtype), p)  # no multiple of four: a number makes four
@@ -269,14 +271,14 @@ def test_a_block_keeps_what_projections_read_once_and_what_is_multiplied(tiny, p
     """How many bfloat16 numbers are kept for the backward pass, for each of 80 tokens."""
     block = with_lora(Llama.from_pretrained(tiny, torch.bfloat16), dropout=p).layers[0]
     cos, sin = model.rope(LlamaConfig.from_pretrained(tiny), 40, "cpu")
-    storages = {}
-
-    def keep(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
 
     def kept(function):
-        storages.clear()
+        storages = {}
+
+        def keep(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
         with hooks, torch.autocast("cpu", torch.bfloat16):
             function(torch.randn(2, 40, 32, requires_grad=True) * 1)  # autocast caches leaves
