@@ -1,4 +1,4 @@
-"""Files in, groups out: the stream of groups, and how groups are made of raw documents.
+"""Files in, groups out: the stream of groups, and how groups are made from raw documents.
 
 A *group* is what one in-batch attention sees: passages that belong together. It is one line of a
 JSON-lines file: a list of texts, or {"src": ..., "text": [...]} as in the published corpora. Raw
@@ -408,15 +408,15 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
     for name, rows in (("groups", groups), ("corpus", corpus), ("queries", queries)):
         write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write(folder / "qrels/test.tsv", qrels)
-    read = [p + text for group in groups for text in group for p in PREFIX.values()]
-    write_toy_decoder(folder, read)
+    texts = [p + text for group in groups for text in group for p in PREFIX.values()]
+    write_toy_decoder(folder, texts)
 
 
 # --------------------------------------------------------------------------------------------------
-# files. They are not to be trusted: nothing in them is code, and only regular files are read. Links
-# are followed: the hub's cache is made of them.
+# files. They are not to be trusted: nothing in them is run as code, and only regular files are
+# read. Links are followed: the hub's cache is made of them.
 
-# `mean` and `std` of a retriever that pools by its mean. Without this file it pools by the EOS
+# `mean` and `std` of a retriever that pools by the mean. Without this file it pools by the EOS
 POOLING = "pooling.safetensors"
 # All that is ever read of a model's folder; nothing else is fetched from the hub.
 FILES = f"""config.json model.safetensors model-*.safetensors tokenizer.json tokenizer_config.json
@@ -498,7 +498,7 @@ def read_lines(file):
 
 
 def must_be_new(path):
-    """Return `path`, or None, and make the folder it will be in. Raises ValueError if it exists."""
+    """Raise ValueError if `path` exists. Make the folder it will be in, and return it (or None)."""
     if path and Path(path).exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
     if path:
@@ -563,7 +563,7 @@ def flags_given(description, flags, argv=None):
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         limits = flags[name][2:]
-        least, below = limits + (0, 1e15)[len(limits) :]  # these where none is given
+        least, below = limits + (0, 1e15)[len(limits) :]  # defaults of those not given
         if type(value) in (int, float) and not least <= value < below:
             raise ValueError(f"--{name} is {value}; need at least {least}, and less than {below:g}")
     return defaults, given
@@ -578,7 +578,7 @@ def tune_malloc():
 
 
 def setup(device=None):
-    """Join the process group if `torchrun` started us. Returns (device, rank, world size)."""
+    """Join the process group, if `torchrun` started several. Returns (device, rank, world size)."""
     tune_malloc()
     here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     device = device or here[0]
@@ -586,10 +586,11 @@ def setup(device=None):
         raise ValueError(f"--device {device} is not there; here are: {', '.join(here)}")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(device)
-    gpu = device if device.type == "cuda" else None
-    if gpu:
-        torch.cuda.set_device(gpu)
+    with blame(f"--device {device}", "is not there"):
+        device = torch.device(device)
+        gpu = device if device.type == "cuda" else None
+        if gpu:
+            torch.cuda.set_device(gpu)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return device, 0, 1
     day = timedelta(days=1)  # others wait for the first one's BM25
@@ -618,7 +619,7 @@ def command(main):
     except (ValueError, OSError) as error:
         failure = str(error)
     except Exception as error:
-        # so torch says it, of a CPU and of a GPU
+        # torch's word for it, on a CPU and on a GPU
         if isinstance(error, RuntimeError) and "allocate" in str(error):
             reason = str(error).splitlines()[0]
             failure = f"out of memory ({reason}). What helps: assets/OPERATIONS.md, When it stops"

@@ -140,7 +140,7 @@ def search(queries, passages, k, chunk=65536):
     """The k largest inner products of each query, exactly: scores and indices [Q, k], best first.
 
     queries [Q, D], passages [P, D] float32. Passages are taken `chunk` at a time and merged into
-    the best k so far, so that Q * P scores never exist at once. With fewer than k, k is P.
+    the best k so far, so that Q * P scores never exist at once. If P < k, k is P.
     """
     scores = torch.empty(len(queries), 0)
     indices = scores.long()
@@ -264,7 +264,7 @@ class BM25:
 
 
 def bm25_run(collection, index, k=1000):
-    """The run of BM25 by the corpus's `index`. What has no word of the query is no result."""
+    """The run of BM25 by the corpus's `index`. A document needs a word of the query to be in it."""
     corpus, queries, _ = collection
     docids, run = list(corpus), {}
     for qid, text in queries.items():
@@ -276,7 +276,7 @@ def bm25_run(collection, index, k=1000):
 
 
 def fuse(*runs):
-    """The sum of runs, each query's scores first brought to [0, 1], smallest to largest.
+    """The sum of runs. In each a query's lowest score first becomes 0, its highest 1.
 
     A document that a run lacks has 0 there. If all scores of a query are equal, they become 1.
     """
@@ -428,7 +428,7 @@ def write_modules(retriever, folder, max_len):
     prompts = PREFIX | {"document": PREFIX["passage"]}
     config = {"prompts": prompts, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", config)
-    lengths = {"max_seq_length": max_len - mean, "do_lower_case": False}
+    lengths = {"max_seq_length": max_len - int(mean), "do_lower_case": False}
     write_json(folder / "sentence_bert_config.json", lengths)
     kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
     if not mean:
@@ -456,7 +456,7 @@ def write_modules(retriever, folder, max_len):
 
 
 def mteb_results(retriever, tasks, max_len):
-    """Let mteb, which fetches the tasks' data, evaluate an export: results as of `evaluate`."""
+    """Let mteb, which fetches the tasks' data, evaluate an export. Yields what `evaluate` does."""
     import mteb
     from sentence_transformers import SentenceTransformer
 
@@ -502,7 +502,10 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    """The arguments, checked as far as it goes without reading anything."""
+    """The arguments, checked as far as it goes without reading anything.
+
+    Makes the folders that --out and --export will be in.
+    """
     defaults, given = flags_given("Evaluate a retriever, or BM25, on collections.", FLAGS, argv)
     args = Namespace(**defaults | given)
     to_others = args.mteb or args.export  # these need a model, the rest a model or BM25

@@ -14,6 +14,7 @@ Shapes, here and in the other files:
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import brief, model_folder, read_json, read_safetensors, say, write_json
+from data import blame, brief, model_folder, read_json, read_safetensors, say, write_json
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Linear(nn.Linear):
             y = checkpoint(self.correction, x, use_reentrant=False)
         else:
             y = self.correction(x)
-        # the frozen matmul last: computing again stops before it
+        # the frozen matmul comes last: when a checkpoint computes again, it stops before it
         return y + super().forward(x)
 
     def correction(self, x):
@@ -129,8 +130,8 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
-# On this device attention is written out. In bfloat16 that takes a quarter of the time of torch's
-# scaled_dot_product_attention (forward and backward, T = 160), in float32 as long.
+# On this device attention is written out. Forward and backward (T = 160) take a quarter of the time
+# of torch's scaled_dot_product_attention in bfloat16, and the same in float32.
 WRITTEN_OUT_ON = "cpu"
 
 
@@ -152,7 +153,7 @@ def causal_attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of a block, and the projection of what they read."""
+    """The projections of a block's attention: `Block` calls `qkv`, attends, and calls `o_proj`."""
 
     def __init__(self, config):
         super().__init__()
@@ -171,7 +172,7 @@ class Attention(nn.Module):
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
-        # to bfloat16, if frozen weights are: once, and not in each projection
+        # frozen weights may be bfloat16: cast x once, and not in each projection
         x = x.to(self.q_proj.weight.dtype)
         heads = -1, self.head_dim
         q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
@@ -211,8 +212,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read      read(own, q) takes the place of own, the causal attention, if `read` is given. It,
-                  own and q are [N, H, T, d]
+        read      a function: read(own, q) takes the place of own, the causal attention. All three
+                  are [N, H, T, d]
         kv_only   only keys and values are wanted: x is returned as it is
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -250,7 +251,7 @@ class Llama(nn.Module):
         a tensor which is missing, left over, or of another shape.
         """
         folder = model_folder(path)
-        with torch.device("meta"):
+        with torch.device("meta"), blame(folder, "is no model"):
             model = cls(LlamaConfig.from_pretrained(folder), head)
         tensors, tied = [], None
         for name, tensor in read_tensors(folder):
@@ -391,8 +392,8 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
     return (w * C).sum(2).to(q.dtype)  # [G, B, H, T, d]
 
 
-# the same, fast. First, V-norm is ordinary attention in disguise. Let n_u = |v_ju| + 1e-6. The a_u
-# sum to one, so the divisor of C_ij is sum_u a_u n_u, and
+# `in_batch_attention_fast` is the same. First, V-norm is ordinary attention in disguise. Let
+# n_u = |v_ju| + 1e-6. The a_u sum to one, so the divisor of C_ij is sum_u a_u n_u, and
 #
 #     C_ij[t] = sum_u b_u (v_ju / n_u),   b_u = a_u n_u / sum_u a_u n_u
 #                                             = softmax_u(q_it . k_ju / sqrt(d) + log n_u)
@@ -474,13 +475,13 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 
 # --------------------------------------------------------------------------------------------------
 # files: Hugging Face checkpoints and PEFT adapters. They are not to be trusted: what we do not
-# compute is refused by name, and no file leads out of its folder.
+# compute is refused by name, and no file can name one outside of its folder.
 
 # The tables below are {fields: what each of them may be}: values, or rules.
-SIZE = range(1, 10**7)  # an integer out of these
+SIZE = range(1, 10**7)  # an integer in this range
 ID = range(-1, 10**9)
 NUMBER = (1e-29, 1e15)  # a number from the first to below the second
-# [rules]: a list of what these allow, not empty. dict: any object
+# [rules]: a list, not empty, of items that each follow one of these rules. dict: any object
 
 
 def fits(x, allowed):
@@ -506,7 +507,7 @@ IGNORED = """architectures auto_mapping base_model_name_or_path dtype inference_
 
 
 def check(where, raw, rules):
-    """Raise ValueError that names a field of `raw` which is none of what `rules` allow for it.
+    """Raise ValueError that names a field of `raw` whose value its rule does not allow.
 
     A key of `rules` may hold several names. Returns the names of the fields that are set and have
     no rule, in one line.
@@ -622,7 +623,7 @@ def load_strictly(model, tensors, source, device, dtype):
             raise ValueError(f"{source} has the tensor {brief(name)} twice")
         if not t.is_floating_point() or t.dtype.itemsize < 2:
             raise ValueError(f"{source}: {brief(name)} is {t.dtype}; need floats, 16 bits or more")
-        # copied, since a file's memory is not aligned, and matmuls then round otherwise
+        # copied, since a file's memory is not aligned, and matmuls then round differently
         given[name] = t.to(device, dtype, copy=True)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.is_meta}
     missing = [name for name in shapes if name not in given]
@@ -684,4 +685,7 @@ def save_model(llama, folder):
 def write_folder(folder, prefix, config, tensors):
     """Write `folder`/{prefix}config.json and {prefix}model.safetensors."""
     write_json(f"{folder}/{prefix}config.json", config)
-    save_file(tensors, f"{folder}/{prefix}model.safetensors", {"format": "pt"})
+    file = f"{folder}/{prefix}model.safetensors"
+    with blame(file, "could not be written"):
+        save_file(tensors, f"{file}.partial", {"format": "pt"})
+        os.replace(f"{file}.partial", file)  # so that what was there stays, should this fail

@@ -5,7 +5,7 @@ Its blocks read the other passages, too, and the retriever decides how much of e
 it needs the right passages in view. So its next-token loss teaches the retriever what is relevant.
 
     1. embed        p_i = unit(retriever("passage: " D_i EOS))
-                    q_i = unit(retriever("query: " first half of D_i, EOS))
+                    q_i = unit(retriever(first half of ("query: " D_i), EOS))
     2. similarity   s_ij = q_i . p_j,    w_i = softmax over j != i of s_ij / tau
     3. two streams  of the same language model, each passage at positions 0 to T-1 in both
                     context stream:   the plain causal pass; leaves keys and values K_j, V_j in
@@ -22,7 +22,8 @@ are the retriever's file, and other objectives, to compare with.
     retriever = Retriever.from_pretrained("path/to/SmolLM2-135M")
     vectors = retriever.encode(["a text", "another"], kind="passage")        # [2, D]
 
-Shapes:   G groups   B passages of a group   N = G*B   T tokens   D hidden_size   V vocabulary
+Shapes:   G groups   B passages of a group   N = G*B   T tokens   V vocabulary
+          D hidden_size   H query heads   H_kv key/value heads   d head_dim
 """
 
 import os
@@ -105,8 +106,8 @@ class Retriever(nn.Module):
         n = mask.sum(-1) - 1  # [N]: tokens before the EOS, which is at position n
         if self.pooling == "eos":
             return hidden[torch.arange(len(n), device=n.device), n].float()
-        text = torch.arange(ids.shape[1], device=n.device) < n[:, None]  # [N, T]
-        x = hidden.float() * text[..., None]
+        before_eos = torch.arange(ids.shape[1], device=n.device) < n[:, None]  # [N, T]
+        x = hidden.float() * before_eos[..., None]
         return x.sum(1) / n[:, None].clamp(min=1)
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class Revela(nn.Module):
                  **form):  # fmt: skip
         super().__init__()
         self.retriever, self.lm = retriever, lm
-        self.llamas = {"retriever": retriever.llama, "lm": lm}  # by the names of what is saved
+        self.llamas = {"retriever": retriever.llama, "lm": lm}  # by the folders they are saved in
         self.form = {"v_norm": v_norm} | form
         self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
         self.stats = {}  # of the last forward; tensors without gradient
@@ -189,7 +190,7 @@ class Revela(nn.Module):
         Returns {name: scalar tensor}, and the weights [G, B, B].
         """
         w = self.weights(batch)
-        uniform = torch.ones_like(w) / (w.shape[-1] - 1)  # on the diagonal, too, which is ignored
+        uniform = torch.full_like(w, 1 / (w.shape[-1] - 1))  # the diagonal's are ignored
         losses = {
             "retriever": self.loss_in_batch(batch, w),
             "uniform": self.loss_in_batch(batch, uniform),
@@ -215,8 +216,8 @@ class Revela(nn.Module):
     def cross_entropy(self, hidden, batch, max_logits=2**23):
         """Mean next-token loss of hidden [G, B, T, D] at the targets of the batch.
 
-        All logits would be large (16 x 157 x 128k floats: 1.3 GB). So `max_logits` exist at once,
-        and the backward pass computes them again.
+        All logits would be large (16 x 157 x 128k floats: 1.3 GB). So at most `max_logits` exist at
+        once, and the backward pass computes them again.
         """
         at = self.is_target(batch).flatten().nonzero()[:, 0]  # [M]
         hidden = hidden[..., :-1, :].flatten(0, 2).index_select(0, at)  # [M, D]
@@ -261,7 +262,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     """
     G, B, T = ids.shape
     cos, sin = rope(lm.config, T, ids.device)
-    weights = with_diagonal(weights, 0)  # which the fast attention needs
+    weights = with_diagonal(weights, 0)  # not so in uniform ones, and needed below
     # for speed: who reads whom, the same in every block. It leaves out weights up to 1e-8
     plan = in_batch_plan(weights, lm.config.num_attention_heads, T)
 
@@ -337,9 +338,9 @@ class Tokenizer:
             raise ValueError(f"{folder}: no EOS token: {need}")
 
     def token_ids(self, texts, max_len):
-        """Token ids of `texts`, at most `max_len` each, after a BOS if the tokenizer adds one.
+        """Token ids of `texts`, at most `max_len` each, without EOS.
 
-        There is no EOS. A lone surrogate is read as "?".
+        A BOS comes first, and counts, if the tokenizer adds one. A lone surrogate is read as "?".
         """
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with blame(self.file, "fails at a text"):
@@ -551,7 +552,7 @@ class Replug(Revela):
         l_ij = mean over the second half of D_i's tokens of log p(token | D_j, D_i before it)
         R_i  = softmax over j != i of s_ij / tau       (the retriever's)
         L_i  = softmax over j != i of l_ij / beta      (the language model's; beta: lm_temperature)
-        loss = mean over i of KL(L_i || R_i) = sum over j of L_ij log(L_ij / R_ij)
+        loss = mean over i of KL(L_i || R_i),   KL = sum over j of L_ij log(L_ij / R_ij)
 
     This is the direction that Revela's authors compare with. `reverse_kl`: KL(R_i || L_i), as the
     REPLUG paper has it. Batches are those of Revela.
@@ -584,16 +585,19 @@ class Replug(Revela):
         self.lm.eval()  # no dropout; it is frozen anyway
         rows = []
         for ids, mask in zip(batch["lm_ids"], batch["lm_mask"]):  # [B, T] of a group
-            texts = [row[real].tolist() for row, real in zip(ids, mask)]
-            rows.append(torch.stack([self.likelihood(text, texts) for text in texts]))
+            passages = [row[real].tolist() for row, real in zip(ids, mask)]
+            rows.append(torch.stack([self.likelihood(own, passages) for own in passages]))
         return torch.stack(rows)
 
-    def likelihood(self, text, contexts):
-        """The mean log-likelihood of the second half of `text` after each of B contexts: [B]."""
+    def likelihood(self, own, contexts):
+        """The mean log-likelihood [B] of the second half of `own` after each of B `contexts`.
+
+        All are lists of ids.
+        """
         device = self.lm.embed_tokens.weight.device
-        ids, mask = pad([context + text for context in contexts], 0)  # [B, T]
+        ids, mask = pad([context + own for context in contexts], 0)  # [B, T]
         ids, mask = ids.to(device), mask.to(device)
-        m = len(text) - len(text) // 2
+        m = len(own) - len(own) // 2
         # positions of the last m tokens; the state one before a token predicts it
         at = mask.sum(1, keepdim=True) - m + torch.arange(m, device=device)  # [B, m]
         hidden = self.lm(ids).take_along_dim(at[..., None] - 1, 1)  # [B, m, D]

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --recipe published --model ... --data groups.jsonl
     torchrun train.py --resume --out runs/mine ...        # go on from the last checkpoint
 
-An update is over `gradient_accumulation_steps` micro-batches on each process, of
+An update takes `gradient_accumulation_steps` micro-batches on each process, of
 `groups_per_device` groups of `train_group_size` passages. Passages see each other within their
 group alone: more accumulation or more processes mean more groups in an update, not larger ones. The
 loss of an update is the mean over all of its tokens, however they are spread.
@@ -85,7 +85,8 @@ from revela import (
 # arguments: {flag: (default, help, least, below)}, as `data.flags_given` reads them. Of choices the
 # default is the first
 
-DESCRIPTION = "Train a retriever by language modelling. Defaults are those of --recipe published."
+DESCRIPTION = """Train a retriever by language modelling. The defaults below are those of --recipe
+published; the recipes toy and small replace some."""
 FLAGS = {
     "recipe": (
         ("toy", "small", "published"),
@@ -273,16 +274,18 @@ def shard(revela, device, dtype):
     # a block's keys and values are views, which nobody writes to
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    low = torch.bfloat16 if dtype == torch.bfloat16 else None  # gradients: reduced in float32
+    low = torch.bfloat16 if dtype == torch.bfloat16 else None
+    # gradients are reduced in float32
     policy = MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [block for llama in revela.llamas.values() for block in llama.layers]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for llama in revela.llamas.values():
+        for block in llama.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(revela, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(revela, "diagnose")
 
 
 def all_reduce(t):
-    """`t`, in place its sum over all processes. Collective."""
+    """Replace `t` by its sum over all processes, and return it. Collective: all must call it."""
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
@@ -306,10 +309,13 @@ def unsharded(llama, device, only=""):
 
 
 def unsharded_retriever(retriever, device):
-    """A `retriever` that is not sharded. It shares `mean` and `std`. Collective."""
+    """A copy of `retriever` that is not sharded and does not train. Collective.
+
+    It shares `mean` and `std`; unless sharded, the decoder, too: call `revela.train()` afterwards.
+    """
     copy = Retriever(unsharded(retriever.llama, device), retriever.tokenizer, retriever.pooling)
     copy.mean, copy.std = retriever.mean, retriever.std
-    return copy.eval()  # unless sharded, this is the decoder in training: `revela.train()` is due
+    return copy.eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,7 +334,8 @@ def learning_rate(step, args, total):
 
 def on(device, batch):
     """`batch` on `device`."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    gpu = device.type == "cuda"  # mps would read the batch after it is freed
+    return {name: tensor.to(device, non_blocking=gpu) for name, tensor in batch.items()}
 
 
 def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, device, world_size):
@@ -448,7 +455,7 @@ def identify(args, groups, per_update, llamas):
 
 
 def restore(folder, revela, optimizer, identity):
-    """Put back what the checkpoint that `folder`/latest names holds. Returns its step, or 0.
+    """Load the checkpoint that `folder`/latest names. Returns its step; 0 if there is none.
 
     Raises ValueError that names what differs if it is another training's. Collective.
     """
@@ -460,7 +467,7 @@ def restore(folder, revela, optimizer, identity):
         if before.get(name) != value:
             was, now = f"{before.get(name)!r:.200}", f"{value!r:.200}"
             raise ValueError(f"cannot resume {start}: {name} was {was} there, now it is {now}")
-    # only for their names. This gives a new AdamW its moments, zeros
+    # for their names; this also gives a new AdamW its moments, zeros
     options = dcp.StateDictOptions(ignore_frozen_params=True)
     weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
     with blame(start / "state.safetensors", "lacks something of this run"):
@@ -500,11 +507,14 @@ class Log:
     def __init__(self, file, first_step, device, rank):
         self.file, self.device, self.rank = file, device, rank
         self.since, self.sums, self.seconds = first_step, Counter(), 0.0
+        lines = file.read_text().splitlines(keepends=True) if first_step else []
+        # what comes after the checkpoint is dropped, and half a line of a killed run
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [row for row in rows if row["step"] <= first_step]
+        # no: the run is new, or was cut off between this checkpoint and its evaluation
+        self.evaluated = any(row["step"] == first_step and "loss" not in row for row in rows)
         if rank == 0:
-            lines = file.read_text().splitlines(keepends=True) if first_step else []
-            # what comes after the checkpoint goes, and half a line of a killed run
-            lines = [line for line in lines if line.endswith("\n")]
-            write(file, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
+            write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def record(self, values):
         """Append a line to metrics.jsonl, by the first process."""
@@ -568,8 +578,10 @@ def catch_signals():
 
 def check_out(out, resume):
     """Raise ValueError unless `out` is free, or with `resume` the folder of a run before."""
-    config = out / "config.json"
+    config, latest = out / "config.json", out / "checkpoints/latest"
     ours = resume and config.exists() and "recipe" in read_json(config)
+    if ours and (out / "retriever").exists() and not latest.exists():
+        raise ValueError(f"{out} is a finished run, and has no checkpoint: choose another --out")
     if out.exists() and any(out.iterdir()) and not ours:
         raise ValueError(
             f"{out} is not empty: choose another --out, or go on with --resume, if it is a run's"
@@ -647,7 +659,7 @@ def make_collate(args, tokenizer):
 
 
 def make_loader(args, groups, order, to_batch, gpu):
-    """Batches of `groups`, in lists of indices that `order` yields."""
+    """Batches of `groups`. `order` yields the list of indices of each."""
     workers = args.num_workers
     if workers < 0:
         workers = 2 if gpu else 0
@@ -683,7 +695,7 @@ def evaluate(revela, collections, heldout, autocast, device):
         row["weights"] = [[round(w, 4) for w in w_i] for w_i in weights[0][0].tolist()]  # [B, B]
     for module in revela.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # else in bfloat16 after a pass without gradients
+            module.reshard()  # else weights stay whole, in bfloat16, after a pass without gradients
     revela.train()
     return row, runs
 
@@ -691,7 +703,8 @@ def evaluate(revela, collections, heldout, autocast, device):
 def train(args, device, rank, world_size):
     """Train as `args` say. Returns the exit code."""
     out, gpu = Path(args.out), device.type == "cuda"
-    if toy := args.data is None:
+    toy = args.data is None
+    if toy:
         make_world(out / "world", args, rank)
     model, optimizer = prepare(args, device, world_size)
     revela = getattr(model, "module", model)
@@ -709,13 +722,12 @@ def train(args, device, rank, world_size):
     # mean and std come with the model, or from a checkpoint, or are measured before update 1
     has_pooling = load_pooling(revela.retriever, model_folder(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
-    order = partial(
-        group_order, n_groups, args.seed,
-        rank=rank, world_size=world_size,
-        accumulation=accumulation, batch_size=args.groups_per_device,
+    order = group_order(
+        n_groups, args.seed, first_step, total,
+        rank, world_size, accumulation, args.groups_per_device,
     )  # fmt: skip
     to_batch = make_collate(args, revela.retriever.tokenizer)
-    loader = make_loader(args, groups, order(first=first_step, last=total), to_batch, gpu)
+    loader = make_loader(args, groups, order, to_batch, gpu)
     if rank == 0:
         write_json(out / "config.json", vars(args) | {"made_by": made_by()})
     log = Log(out / "metrics.jsonl", first_step, device, rank)
@@ -735,19 +747,23 @@ def train(args, device, rank, world_size):
     heldout = [batch_of(i) for i in range(n_groups, len(groups))]
 
     def report(step):
+        if not (every(args.eval_every, step) or step in (0, total)):
+            return
         row, runs = evaluate(revela, collections, heldout, autocast, device)
         log.evaluation(step, row)
         if toy and rank == 0 and step in (0, total):
             show(runs["world"], collections["world"])
 
-    # -- the loop
+    # -- before the first update
     if first_step == 0 and args.pooling == "mean" and not has_pooling:
         some = map(batch_of, range(min(25, n_groups)))
         with autocast():
             unsharded_retriever(revela.retriever, device).standardise(some)
         revela.train()
-    if first_step == 0:
-        report(0)
+    if not log.evaluated:
+        report(first_step)
+
+    # -- the loop
     batches, signals = iter(loader), catch_signals()
     for step in range(first_step + 1, total + 1):  # `learning_rate` and `order` count from 0
         began = time.perf_counter()
@@ -764,15 +780,14 @@ def train(args, device, rank, world_size):
 
         last = step == total
         stop = bool(signals)
-        if world_size > 1:  # or any other process is told to
+        if world_size > 1:  # a signal to any process stops all
             stop = bool(all_reduce(torch.full((), len(signals), device=device)))
         if every(args.logging_steps, step) or last or stop:
             log.line(step, total, lr)
         if every(args.save_steps, step) or last or stop:
             save_checkpoint(out / "checkpoints", step, revela, optimizer, identity, rank)
             barrier()
-        if every(args.eval_every, step) or last:
-            report(step)
+        report(step)
         if stop and not last:
             say(f"stopped by a signal after update {step}, which is saved: go on with --resume")
             return STOPPED
@@ -794,6 +809,8 @@ def dropout_seed(seed, step, position):
 def main(argv=None):
     args = parse_args(argv)
     device, rank, world_size = setup(args.device)
+    if device.type == "mps" and world_size > 1:
+        raise ValueError("several processes cannot train on mps: start one, or give --device cpu")
     if rank == 0:
         check_out(Path(args.out), args.resume)
     code = train(args, device, rank, world_size)

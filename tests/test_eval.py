@@ -235,6 +235,7 @@ WRONG = {
     "--bm25 --data birds --top_k x": "argument --top_k: invalid int value: 'x'",
     "--bm25 --data birds --device gpu": "--device gpu is not there; here are: .*cpu",
     "--bm25 --data birds --device cuda": "--device cuda is not there",
+    "--bm25 --data birds --device cpu:x": "--device cpu:x is not there: Invalid device string",
     "--bm --data birds": "unrecognized arguments: --bm",
     "--model nowhere --data birds": "nowhere/config.json does not exist",
     "--model tiny --export tiny": "tiny exists already",

@@ -101,6 +101,8 @@ def test_the_largest_sizes_that_are_taken_for_serious_take_no_memory(full, monke
     assert "[1048576, 32]" in text and set(made) == {"meta"}
     edit(full, **{name: 2**20 for name in SIZES} | {"num_hidden_layers": 2})
     assert "[1048576, 1048576]" in refused(full, lambda: Llama.from_pretrained(full))
+    edit(full, **{name: 10**7 - 2 for name in SIZES} | {"num_hidden_layers": 2})
+    assert "is no model" in refused(full, lambda: Llama.from_pretrained(full))  # 2**63 bytes
 
 
 NO_RANK = [0, -1, 10**9, "3", 3.0, True, None, [3]]

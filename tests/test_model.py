@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import edit, make_model, with_lora
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import model
@@ -307,6 +308,20 @@ def test_what_is_saved_is_what_is_read_in_any_dtype(family, head, tmp_path):
         assert llama.config == again.config and same(llama.float(), again)
     low = Llama.from_pretrained(family, torch.bfloat16, head=head)
     assert same(low, llama.bfloat16()) and {p.dtype for p in low.parameters()} == {torch.bfloat16}
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tiny, monkeypatch):
+    llama, file = Llama.from_pretrained(tiny), tiny / "model.safetensors"
+    before = file.read_bytes()
+
+    def fails(_, file, *__):
+        Path(file).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(model, "save_file", fails)
+    with pytest.raises(ValueError, match="model.safetensors could not be written: No space left"):
+        save_model(llama, tiny)
+    assert file.read_bytes() == before
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tiny):

@@ -208,12 +208,13 @@ def test_an_evaluation_that_fails_loses_no_training(tmp_path, monkeypatch):
         return evaluate(*args)
 
     monkeypatch.setattr(train, "evaluate", fails)
+    more = "--max_steps 2 --save_steps 0 --heldout_groups 2"
     with pytest.raises(OSError, match="no space left"):
-        train.main(arguments(tmp_path, "run", "--max_steps 2 --save_steps 0"))
+        train.main(arguments(tmp_path, "run", more))
     monkeypatch.undo()
-    train.main(arguments(tmp_path, "run", "--max_steps 2 --save_steps 0 --resume"))
-    train.main(arguments(tmp_path, "whole", "--max_steps 2"))
-    same(tmp_path / "run", tmp_path / "whole", logs=False)
+    train.main(arguments(tmp_path, "run", more, "--resume"))
+    train.main(arguments(tmp_path, "whole", more))
+    same(tmp_path / "run", tmp_path / "whole")  # with the evaluation that failed
 
 
 def test_what_0_means(tmp_path):
@@ -636,6 +637,9 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
             train.main([*args, "--resume", *more.split()])
     (tmp_path / "run/checkpoints/latest").write_text("../../elsewhere\n")
     with pytest.raises(FileNotFoundError, match="run/checkpoints/elsewhere/meta.json does not"):
+        train.main([*args, "--resume"])
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(ValueError, match="run is a finished run, and has no checkpoint"):
         train.main([*args, "--resume"])
     assert (tmp_path / "run/config.json").read_bytes() == config
 
