@@ -296,15 +296,11 @@ def full_tensor(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def unsharded(llama, device, only=""):
-    """`llama` itself, if it is not sharded; else a copy on `device`. Collective.
-
-    The copy has the weights whose names contain `only`, as a whole.
-    """
+def unsharded(llama, device):
+    """`llama` itself, if it is not sharded; else a copy of it on `device`. Collective."""
     if not isinstance(llama.layers[0], FSDPModule):
         return llama
-    named = [(name, p.detach()) for name, p in llama.named_parameters() if only in name]
-    weights = {name: full_tensor(p).to(device) for name, p in named}
+    weights = {name: full_tensor(p.detach()).to(device) for name, p in llama.named_parameters()}
     return filled(llama, weights, llama.has_head)
 
 
@@ -402,7 +398,7 @@ def save_models(revela, folder, args, rank):
         if name == "lm" and args.freeze_lm:
             continue
         # the other processes help to gather, and keep nothing
-        llama = unsharded(llama, "meta" if rank else "cpu", only=".lora_" if llama.lora else "")
+        llama = unsharded(llama, "meta" if rank else "cpu")
         if rank:
             continue
         save = save_adapter if llama.lora else save_model
