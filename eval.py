@@ -371,7 +371,7 @@ def interactive(args, retriever, progress=False, **encode):
                 query = retriever.encode([question], "query", **encode)  # [1, D]
                 scores, best = (t[0].tolist() for t in search(query, vectors, 1000))
                 runs.append({"": dict(zip(best, scores))})
-            run = fuse(*runs) if len(runs) > 1 else runs[0]
+            run = fuse(*runs) if len(runs) > 1 else runs[0]  # one alone keeps its scores
             for i in ranking(run)[""][:5]:
                 passage = " ".join(passages[i].split())
                 short = passage if len(passage) <= 200 else passage[:197] + "..."
@@ -388,7 +388,7 @@ def export(retriever, folder, max_len=512):
     """Write a Hugging Face checkpoint that `SentenceTransformer(folder)` encodes with as we do.
 
     With EOS pooling the tokenizer appends the EOS. With mean pooling nothing is appended, and a
-    Dense layer standardises. Merges LoRA into the retriever's weights.
+    Dense layer standardises. Merges LoRA into the retriever's weights, if there is any.
     """
     folder, ours = Path(folder), retriever.tokenizer
     if ours is None:

@@ -253,15 +253,15 @@ class Llama(nn.Module):
         folder = model_folder(path)
         with torch.device("meta"), blame(folder, "is no model"):
             model = cls(LlamaConfig.from_pretrained(folder), head)
-        tensors, tied = [], None
+        tensors, stored_head = [], None
         for name, tensor in read_tensors(folder):
             if name == "lm_head.weight" and model.lm_head is None:
-                tied = tensor  # some files store the embedding again; a retriever needs no head
+                stored_head = tensor  # some files have the embedding again; a retriever needs none
             elif not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
                 tensors.append((name, tensor))
         load_strictly(model, tensors, path, device, dtype)
         embedding = model.embed_tokens.weight
-        if head and tied is not None and not embedding.equal(tied.to(embedding)):
+        if head and stored_head is not None and not embedding.equal(stored_head.to(embedding)):
             need = "set tie_word_embeddings in its config.json to false to use it"
             raise ValueError(f"{path}: lm_head.weight is not the embedding; {need}")
         model.path = str(path)

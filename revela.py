@@ -220,6 +220,7 @@ class Revela(nn.Module):
         once, and the backward pass computes them again.
         """
         at = self.is_target(batch).flatten().nonzero()[:, 0]  # [M]
+        # index_select, since the backward pass of hidden[at] is slow
         hidden = hidden[..., :-1, :].flatten(0, 2).index_select(0, at)  # [M, D]
         ids = batch["lm_ids"][..., 1:].flatten()[at]  # [M]
 
@@ -433,7 +434,8 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
     if out is None:
         vectors = torch.empty(shape)
     else:
-        mapped = np.lib.format.open_memmap(f"{must_be_new(out)}.partial", "w+", np.float32, shape)
+        must_be_new(out)
+        mapped = np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape)
         vectors = torch.from_numpy(mapped)
     low = weight.dtype.itemsize < 4  # weights in bfloat16: compute by autocast, see `Llama.embed`
     precision = torch.autocast(device.type, weight.dtype, enabled=low)

@@ -11,7 +11,8 @@ group alone: more accumulation or more processes mean more groups in an update, 
 loss of an update is the mean over all of its tokens, however they are spread.
 
 A run folder (--out) holds config.json (all arguments), metrics.jsonl, checkpoints/, and at the end
-retriever/ and lm/: PEFT adapters, or whole checkpoints after full training (--lora_r 0).
+retriever/ and lm/: PEFT adapters, or whole checkpoints after full training (--lora_r 0). The toy
+world is in its world/.
 """
 
 import json
@@ -361,7 +362,8 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
         (loss * share * world_size).backward()  # DDP and FSDP take the mean over processes
         stats.update({name: value * share for name, value in revela.stats.items()})  # adds
     sums = all_reduce(torch.stack([value.float() for value in stats.values()]))
-    stats, norms = dict(zip(stats, sums)), []
+    stats = dict(zip(stats, sums))
+    norms = []
     for name, llama in revela.llamas.items():
         gradients = [p.grad for p in llama.parameters() if p.grad is not None]
         norms.append(full_tensor(torch.nn.utils.get_total_norm(gradients).to(device)))
@@ -709,17 +711,17 @@ def train(args, device, rank, world_size):
     # -- data, and where it goes on
     groups = Groups(args.data, args.train_group_size)
     collections = read_collections(args.eval_data)
-    n_groups = len(groups) - min(args.heldout_groups, len(groups) // 2)
+    n_train = len(groups) - min(args.heldout_groups, len(groups) // 2)
     accumulation = args.gradient_accumulation_steps
     accumulation = accumulation or max(1, 32 // (world_size * args.groups_per_device))
     per_update = world_size * accumulation * args.groups_per_device
-    total = args.max_steps or math.ceil(args.num_train_epochs * n_groups / per_update)
+    total = args.max_steps or math.ceil(args.num_train_epochs * n_train / per_update)
     identity = identify(args, groups, per_update, revela.llamas)
     # mean and std come with the model, or from a checkpoint, or are measured before update 1
     has_pooling = load_pooling(revela.retriever, model_folder(args.retriever_adapter or args.model))
     first_step = restore(out / "checkpoints", revela, optimizer, identity)
     order = group_order(
-        n_groups, args.seed, first_step, total,
+        n_train, args.seed, first_step, total,
         rank, world_size, accumulation, args.groups_per_device,
     )  # fmt: skip
     to_batch = make_collate(args, revela.retriever.tokenizer)
@@ -730,7 +732,7 @@ def train(args, device, rank, world_size):
     say(
         f"recipe {args.recipe}: {total} updates of {world_size} processes x {accumulation} "
         f"micro-batches x {args.groups_per_device} groups of {args.train_group_size} passages, "
-        f"{total * per_update / n_groups:.2f} epochs of {n_groups:,} groups; "
+        f"{total * per_update / n_train:.2f} epochs of {n_train:,} groups; "
         f"{sum(p.numel() for p in revela.parameters() if p.requires_grad):,} trained parameters; "
         f"{args.dtype} on {device}"
     )
@@ -740,7 +742,7 @@ def train(args, device, rank, world_size):
     def batch_of(i):
         return on(device, to_batch([groups[i]]))
 
-    heldout = [batch_of(i) for i in range(n_groups, len(groups))]
+    heldout = [batch_of(i) for i in range(n_train, len(groups))]
 
     def report(step):
         if not (every(args.eval_every, step) or step in (0, total)):
@@ -752,7 +754,7 @@ def train(args, device, rank, world_size):
 
     # -- before the first update
     if first_step == 0 and args.pooling == "mean" and not has_pooling:
-        some = map(batch_of, range(min(25, n_groups)))
+        some = map(batch_of, range(min(25, n_train)))  # 400 passages, of groups of 16
         with autocast():
             unsharded_retriever(revela.retriever, device).standardise(some)
         revela.train()
