@@ -344,7 +344,7 @@ def interactive(args, retriever, progress=False, **encode):
     """Answer questions from stdin with the five best passages, until an empty line.
 
     With --vectors the passages' vectors are kept for the next run. Their file's name is a hash of
-    the passages and of the model, for which the vector of a fixed text stands.
+    the passages, --max_len, and the model, for which the vector of a fixed text stands.
     """
     sources, passages = zip(*read_passages(args.interactive))
     corpus = dict(enumerate(passages))

@@ -74,7 +74,8 @@ class Linear(nn.Linear):
             y = checkpoint(self.correction, x, use_reentrant=False)
         else:
             y = self.correction(x)
-        # the frozen matmul comes last: when a checkpoint computes again, it stops before it
+        # the frozen matmul comes last, and the backward pass needs nothing of it: a checkpoint
+        # around this, as in `MLP`, computes again all but that
         return y + super().forward(x)
 
     def correction(self, x):
@@ -212,8 +213,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read      a function: read(own, q) takes the place of own, the causal attention. All three
-                  are [N, H, T, d]
+        read      a function: read(own, q) takes the place of own, the causal attention. It, own and
+                  q are [N, H, T, d]
         kv_only   only keys and values are wanted: x is returned as it is
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -462,7 +463,8 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
         scores = queries.index_select(0, i) @ keys.mT  # [b, H_kv, H/H_kv*T, n*T]
         # [b, H_kv, H/H_kv*T, n, T] and [b, H_kv or 1, 1, n, T]
         scores = scores.unflatten(-1, (-1, T)) + passages(bias, j)[:, :, None]
-        a = scores.softmax(-1)  # over the tokens of each passage: [b, H_kv, H/H_kv*T, n, T]
+        # over the tokens of each passage; with V-norm the b_u above: [b, H_kv, H/H_kv*T, n, T]
+        a = scores.softmax(-1)
         w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
         values = w[:, None, :, None, None] * passages(v, j)  # [b, H_kv, n, T, d]
         values = values.to(v.dtype).flatten(2, 3)

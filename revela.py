@@ -263,7 +263,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     """
     G, B, T = ids.shape
     cos, sin = rope(lm.config, T, ids.device)
-    weights = with_diagonal(weights, 0)  # not so in uniform ones, and needed below
+    weights = with_diagonal(weights, 0)  # as the plan below needs it; uniform ones lack it
     # for speed: who reads whom, the same in every block. It leaves out weights up to 1e-8
     plan = in_batch_plan(weights, lm.config.num_attention_heads, T)
 
@@ -457,7 +457,10 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
 
 
 def by_length(rows, batch_tokens):
-    """Yield lists of indices of `rows`, the longest first: batches of at most `batch_tokens`."""
+    """Yield lists of indices of `rows`, the longest first: batches of at most `batch_tokens`.
+
+    A longer text is a batch of its own. What `pad` adds does not count.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     while order:
         size = max(1, batch_tokens // len(rows[order[0]]))
@@ -537,7 +540,7 @@ class Contrastive(Revela):
     """
 
     def count(self, batch):
-        return batch["lm_mask"].any(-1).sum()  # G * B passages
+        return batch["lm_mask"][..., 0].sum()  # G * B: each passage has a token
 
     def forward(self, batch):
         q, p = self.embed(batch)

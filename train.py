@@ -123,7 +123,11 @@ FLAGS = {
     "first_half": (True, "the query of a passage is its first half, not all of it"),
     "dual_loss": (False, "add the context stream's own next-token loss"),
     "train_group_size": (16, "passages of a group that are used: its first ones", 2),
-    "passage_max_len": (157, "tokens of a passage that are read, prefix and EOS included", 2),
+    "passage_max_len": (
+        157,
+        "tokens of a passage that are read; the retriever's prefix and EOS count",
+        2,
+    ),
     # LoRA
     "lora_r": (256, "rank; 0 trains all weights of both models"),
     "lora_alpha": (64.0, "the correction is alpha/r * B A", 1e-9),
@@ -382,8 +386,8 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
-# Arguments that may differ at --resume: those that change nothing but rounding (and with
-# --groups_per_device the dropout); and those that are names, since `identify` compares what they
+# Arguments that may differ at --resume: those that change nothing but rounding (and some of
+# them the numbers behind dropout); and those that are names, since `identify` compares what they
 # stand for: a recipe's values, the content of --data, the models' configurations and LoRA.
 MAY_CHANGE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
@@ -509,7 +513,7 @@ class Log:
         # what comes after the checkpoint is dropped, and half a line of a killed run
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         rows = [row for row in rows if row["step"] <= first_step]
-        # no: the run is new, or was cut off between this checkpoint and its evaluation
+        # if not: none was due, or the run was killed before it, or is new
         self.evaluated = any(row["step"] == first_step and "loss" not in row for row in rows)
         if rank == 0:
             write(file, "".join(json.dumps(row) + "\n" for row in rows))
@@ -601,7 +605,7 @@ def made_by():
 
 
 def make_world(folder, args, rank):
-    """Set args.model, .data and .eval_data to the toy world in `folder`; make it if need be."""
+    """Set args.model, .lm, .data, .eval_data to the toy world in `folder`; make it if need be."""
     if rank == 0 and not folder.exists():
         write_json(folder.parent / "config.json", vars(args))  # so that it is a run's folder
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
