@@ -260,7 +260,7 @@ def replug_pilots():
 def contrastive():
     """The best of the pilots at full length: as many updates as Revela, then about its time."""
     yield from head(
-        "| | mean, untrained | contrastive, seeds 0-2 | contrastive, 230 updates "
+        "| | mean, untrained | contrastive, seeds 0-4 | contrastive, 230 updates "
         "| Revela, seeds 0-4 | Revela - contrastive | Revela - 230 updates |"
     )
     runs = ["small/contrastive-?", "small/contrastive-230-?", "small/seed-?"]
