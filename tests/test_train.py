@@ -128,6 +128,20 @@ def test_one_process_is_no_group_of_processes(monkeypatch):
     assert train.setup("cpu") == (torch.device("cpu"), 0, 1)
 
 
+def test_mps_waits_for_its_batches_and_trains_in_one_process(tmp_path, monkeypatch):
+    """Its copies go on when the batch is freed, and gloo has no sum there."""
+
+    class Tensor:
+        def to(self, device, non_blocking):
+            return non_blocking
+
+    for name, waits in (("cuda", False), ("mps", True)):
+        assert train.on(torch.device(name), {"ids": Tensor()}) == {"ids": not waits}
+    monkeypatch.setattr(train, "setup", lambda _: (torch.device("mps"), 0, 2))
+    with pytest.raises(ValueError, match="several processes cannot train on mps"):
+        train.main(arguments(tmp_path, "run"))
+
+
 def test_the_learning_rate_is_its_closed_form():
     args = train.parse_args("--model m --data d --learning_rate 8 --warmup_steps 4".split())
     rates = [train.learning_rate(step, args, 12) for step in range(12)]
