@@ -30,7 +30,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 PREFIX = {"query": "query: ", "passage": "passage: "}  # what the retriever reads before a text
 
@@ -513,19 +513,32 @@ def fsync(path):
     os.close(descriptor)
 
 
-def write(file, text):
-    """Replace `file` atomically, and make its folder if need be."""
+@contextmanager
+def replacing(file):
+    """Yield another file's name. Afterwards it replaces `file` atomically, if nothing failed."""
     file, partial = Path(file), Path(f"{file}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8", errors="replace")
+    yield partial
     fsync(partial)
     os.replace(partial, file)
     fsync(file.parent)
 
 
+def write(file, text):
+    """Replace `file` atomically, and make its folder if need be."""
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
 def write_json(file, value):
     """Replace `file` by `value` atomically."""
     write(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_safetensors(file, tensors):
+    """Replace `file` by {name: tensor} atomically. Raises ValueError that names it."""
+    with blame(file, "could not be written"), replacing(file) as partial:
+        save_file(tensors, partial, {"format": "pt"})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -668,11 +681,12 @@ def main():
     groups = make_groups(documents, args.group_size, run_length, args.seed)
     if not groups:
         raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
-    partial = f"{args.out}.partial"
-    with open(partial, "w", encoding="utf-8", errors="replace") as out:
+    with (
+        replacing(args.out) as partial,
+        partial.open("w", encoding="utf-8", errors="replace") as out,
+    ):
         for texts in groups:
             out.write(json.dumps(texts, ensure_ascii=False) + "\n")
-    os.replace(partial, args.out)
     repeated = total - len(seen)
     print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated left out)")
     print(f"{args.out}: {len(groups):,} groups of {args.group_size}")

@@ -14,16 +14,23 @@ Shapes, here and in the other files:
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import blame, brief, model_folder, read_json, read_safetensors, say, write_json
+from data import (
+    blame,
+    brief,
+    model_folder,
+    read_json,
+    read_safetensors,
+    say,
+    write_json,
+    write_safetensors,
+)  # fmt: skip
 
 
 @dataclass
@@ -687,7 +694,4 @@ def save_model(llama, folder):
 def write_folder(folder, prefix, config, tensors):
     """Write `folder`/{prefix}config.json and {prefix}model.safetensors."""
     write_json(f"{folder}/{prefix}config.json", config)
-    file = f"{folder}/{prefix}model.safetensors"
-    with blame(file, "could not be written"):
-        save_file(tensors, f"{file}.partial", {"format": "pt"})
-        os.replace(f"{file}.partial", file)  # so that what was there stays, should this fail
+    write_safetensors(f"{folder}/{prefix}model.safetensors", tensors)

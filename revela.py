@@ -33,7 +33,6 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -47,6 +46,7 @@ from data import (
     must_exist,
     read_json,
     read_safetensors,
+    write_safetensors,
 )
 from model import (
     NEGLIGIBLE,
@@ -500,7 +500,8 @@ def load_pooling(retriever, folder):
 def save_pooling(retriever, folder):
     """Write `mean` and `std` if there are any."""
     if retriever.pooling == "mean":
-        save_file({"mean": retriever.mean.cpu(), "std": retriever.std.cpu()}, folder / POOLING)
+        tensors = {"mean": retriever.mean.cpu(), "std": retriever.std.cpu()}
+        write_safetensors(folder / POOLING, tensors)
 
 
 def check_pooling(file, pooling):

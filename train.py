@@ -513,7 +513,7 @@ class Log:
         # what comes after the checkpoint is dropped, and half a line of a killed run
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         rows = [row for row in rows if row["step"] <= first_step]
-        # if not: none was due, or the run was killed before it, or is new
+        # whether the evaluation after `first_step` is there: the run may have been killed before it
         self.evaluated = any(row["step"] == first_step and "loss" not in row for row in rows)
         if rank == 0:
             write(file, "".join(json.dumps(row) + "\n" for row in rows))

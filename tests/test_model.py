@@ -12,6 +12,7 @@ from conftest import edit, make_model, with_lora
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import data
 import model
 from model import Llama, LlamaConfig, add_lora, dropout, load_adapter, save_adapter, save_model
 from revela import Retriever, Revela, two_streams
@@ -318,7 +319,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tiny, monkeypatch):
         Path(file).write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(model, "save_file", fails)
+    monkeypatch.setattr(data, "save_file", fails)
     with pytest.raises(ValueError, match="model.safetensors could not be written: No space left"):
         save_model(llama, tiny)
     assert file.read_bytes() == before
