@@ -4,9 +4,10 @@ python assets/tables.py
 """
 
 import json
-import random
 import statistics
 from pathlib import Path
+
+import numpy as np
 
 RAW = Path(__file__).parent / "results"
 DATA = ["cranfield", "cisi", "cacm"]
@@ -65,26 +66,37 @@ def head(columns):
     yield "| --- " * (columns.count("|") - 1) + "|"
 
 
-def interval(differences, resamples=10_000):
-    """Mean, and its 95 % interval by resampling the queries (a bootstrap; seed 0)."""
-    rng, n = random.Random(0), len(differences)
-    means = sorted(sum(rng.choices(differences, k=n)) / n for _ in range(resamples))
-    low, high = means[resamples // 40], means[-resamples // 40]
-    return f"{sum(differences) / n:+.3f} ({low:+.3f} to {high:+.3f})"
+def interval(collections, resamples=10_000):
+    """Mean of one side minus the other, and its 95 % interval. Over collections a mean is taken.
+
+    collections: pairs of arrays [runs, queries]. A bootstrap with seed 0: each collection's queries
+    are resampled, and the runs of either side, the same for all collections.
+    """
+    rng, found, differences = np.random.default_rng(0), 0, 0
+    shares = []  # of each run in a resample: [resamples, runs], a side
+    for side in collections[0]:
+        runs = len(side)
+        shares.append(rng.multinomial(runs, [1 / runs] * runs, resamples) / runs)
+    for first, second in collections:
+        n = first.shape[1]
+        queries = rng.integers(n, size=(resamples, n))
+        over_runs = shares[0] @ first - shares[1] @ second  # [resamples, queries]
+        differences += np.take_along_axis(over_runs, queries, 1).mean(1) / len(collections)
+        found += (first.mean() - second.mean()) / len(collections)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return f"{found:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def paired(name, *sides):
-    """The interval of one side minus the other; each is (runs, system), the mean of its runs."""
-    means = []
-    for runs, system in sides:
-        tables = [table[name, system]["per_query"] for table in read(runs)]
-        means.append({q: sum(t[q]["ndcg@10"] for t in tables) / len(tables) for q in tables[0]})
-    return interval([means[0][q] - means[1][q] for q in means[1]])
-
-
-def difference(names, *sides):
-    """`paired` on one collection; nothing in a row that is a mean of several."""
-    return paired(names[0], *sides) if len(names) == 1 else ""
+def paired(names, *sides):
+    """The interval of two sides, each (runs, system); {} in the name of runs is a collection's."""
+    collections = []
+    for name in names:
+        pair = []
+        for runs, system in sides:
+            tables = [table[name, system]["per_query"] for table in read(runs.format(name))]
+            pair.append(np.array([[t[q]["ndcg@10"] for q in sorted(t)] for t in tables]))
+        collections.append(pair)
+    return interval(collections)
 
 
 def span(values):
@@ -155,8 +167,8 @@ def sizes():
     sixteen = ("small/seed-[0-2]", "dense")
     for size in (8, 32):
         other = (f"small/size{size}-[0-2]", "dense")
-        cells = [paired(name, sixteen, other) for name, _ in ROWS[:-1]]
-        yield line(f"16 - {size}", "", *cells, "", "")
+        cells = [paired(names, sixteen, other) for _, names in ROWS]
+        yield line(f"16 - {size}", "", *cells, "")
 
 
 def own(system, *names):
@@ -174,22 +186,20 @@ def own_texts():
     for title, names in ROWS[1:]:
         cells = [cell("small/untrained", "dense", *names)]
         cells += [span(ndcg("small/seed-?", "dense", *names)), span(own("dense", *names))]
-        if len(names) > 1:
-            yield line(title, *cells, "", "", "")
-            continue
-        runs, english = f"small/own-{title}-?", ("bm25-english", "bm25")
-        cells.append(paired(title, (runs, "dense"), ("small/seed-?", "dense")))
-        yield line(title, *cells, *(paired(title, (runs, x), english) for x in ("dense", "fused")))
+        dense, fused = (("small/own-{}-?", system) for system in ("dense", "fused"))
+        cells.append(paired(names, dense, ("small/seed-?", "dense")))
+        english = ("bm25-english", "bm25")
+        yield line(title, *cells, *(paired(names, side, english) for side in (dense, fused)))
 
 
 def gains():
-    """What training, and what the sum with BM25 is worth: paired over queries, mean over seeds."""
+    """What training, and what the sum with BM25 is worth."""
     yield from head("| | trained - mean, untrained | trained - BM25 | both - BM25 `--english` |")
     trained, both = ("small/seed-?", "dense"), ("small/seed-?", "fused")
-    for name in ("adi", *DATA):
-        cells = [paired(name, trained, ("small/untrained", "dense"))]
-        cells.append(paired(name, trained, ("bm25", "bm25")))
-        yield line(name, *cells, paired(name, both, ("bm25-english", "bm25")))
+    for title, names in ROWS:
+        cells = [paired(names, trained, ("small/untrained", "dense"))]
+        cells.append(paired(names, trained, ("bm25", "bm25")))
+        yield line(title, *cells, paired(names, both, ("bm25-english", "bm25")))
 
 
 def lengths():
@@ -210,7 +220,7 @@ def beginnings():
     seven = "small/begin-average7"
     for title, names in ROWS:
         cells = [span(ndcg(runs, "dense", *names)) for runs in (long, short)]
-        cells.append(difference(names, (short, "dense"), (long, "dense")))
+        cells.append(paired(names, (short, "dense"), (long, "dense")))
         cells += [span(ndcg(short, "fused", *names)), cell(average, "dense", *names)]
         cells += [cell(average, "fused", *names), cell(seven, "dense", *names)]
         yield line(title, *cells, cell(seven, "fused", *names))
@@ -267,7 +277,7 @@ def contrastive():
     for title, names in ROWS:
         cells = [span(ndcg(run, "dense", *names)) for run in ["small/untrained", *runs]]
         for other in runs[:2]:
-            cells.append(difference(names, (runs[2], "dense"), (other, "dense")))
+            cells.append(paired(names, (runs[2], "dense"), (other, "dense")))
         yield line(title, *cells)
 
 
@@ -280,10 +290,10 @@ def averaged():
     four, average, seven = "small/seed-[0-3]", "small/average", "small/average7"
     for title, names in ROWS:
         cells = [span(ndcg(four, "dense", *names)), cell(average, "dense", *names)]
-        cells.append(difference(names, (average, "dense"), (four, "dense")))
+        cells.append(paired(names, (average, "dense"), (four, "dense")))
         cells += [span(ndcg(four, "fused", *names)), cell(average, "fused", *names)]
         cells.append(cell(seven, "dense", *names))
-        cells.append(difference(names, (seven, "dense"), (average, "dense")))
+        cells.append(paired(names, (seven, "dense"), (average, "dense")))
         yield line(title, *cells, cell(seven, "fused", *names))
 
 
@@ -336,17 +346,16 @@ def claims():
     """Of documents alike against random ones, of torch, and of the held-out loss."""
     rows = {row["run"]: row.get("per_query") for row in RUNS if row["update"] == 60}
     for data in ("med", "adi"):
-        pairs = [(rows["b-noeos"], rows["f-rand4"]), (rows["b-sim-s1"], rows["b-rand4-s1"])]
-        pairs = [(alike[data], other[data]) for alike, other in pairs]
-        queries = pairs[0][0]
-        yield f"{data}: alike - random: " + interval(
-            [sum(alike[q] - other[q] for alike, other in pairs) / 2 for q in queries]
+        alike, other = (
+            np.array([[rows[run][data][q] for q in sorted(rows[run][data])] for run in runs])
+            for runs in (("b-noeos", "b-sim-s1"), ("f-rand4", "b-rand4-s1"))
         )
+        yield f"{data}: alike - random: " + interval([(alike, other)])
     wiki, trained = ("small/torch-?", "dense"), ("small/torch-own-?", "dense")
-    yield "torch: on the source - on Wikipedia: " + paired(STUDY, trained, wiki)
+    yield "torch: on the source - on Wikipedia: " + paired([STUDY], trained, wiki)
     strong, both = ("small/torch-own-0", "bm25"), ("small/torch-own-?", "fused")
-    yield "torch: on the source - BM25 --english --identifiers: " + paired(STUDY, trained, strong)
-    yield "torch: both - BM25 --english --identifiers: " + paired(STUDY, both, strong)
+    yield "torch: on the source - BM25 --english --identifiers: " + paired([STUDY], trained, strong)
+    yield "torch: both - BM25 --english --identifiers: " + paired([STUDY], both, strong)
     late = [row for row in RUNS if row["update"] >= 30]
     for what in ("gain", "sib_map"):
         found = [correlation([(r[what], r[data]) for r in late]) for data in ("adi", "med")]
@@ -373,7 +382,7 @@ def rounding():
         "| residual stream | adi | cranfield | cisi | with BM25: adi, cranfield, cisi |"
     )
     for title, run in {
-        "bfloat16, commit fa9258b (`revela-now-0`)": "rounding/revela-now-0",
+        "bfloat16, commit fa9258b or earlier (`revela-now-0`)": "rounding/revela-now-0",
         "bfloat16, commit 8211965 (`residual-bf16`)": "rounding/residual-bf16",
         "float32, today's (`residual-float32`)": "rounding/residual-float32",
     }.items():

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -110,6 +111,25 @@ def test_the_tables_are_what_the_raw_numbers_say(monkeypatch):
     made = ["\n".join(table()) + "\n" for table in tables.TABLES]
     assert re.findall(r"(?:^\|.*\n)+", text, re.M) == made
     assert "\n".join(tables.readme()) in readme and "\n".join(tables.claims()) in results
+
+
+def test_an_interval_is_over_runs_and_queries(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "assets")
+    from tables import interval
+
+    def numbers(*collections):
+        return [float(x) for x in re.findall(r"[+-][\d.]+", interval(collections))]
+
+    one, other = np.zeros((1, 400)), np.ones((1, 400))
+    assert numbers((other, one)) == [1, 1, 1]  # no chance in it
+    runs = np.concatenate([one, other])  # resampled means: 0, 1/2, 1 in 1, 2, 1 of 4 cases
+    assert numbers((runs, one)) == [0.5, 0, 1]
+    queries = np.tile([1.0, -1.0], 200)[None]  # the mean's standard deviation is 1 / 20
+    assert np.allclose(numbers((queries, one)), [0, -1.96 / 20, 1.96 / 20], atol=0.005)
+    # of two collections: half of either; the runs are drawn together, the queries apart
+    assert numbers((runs, one), (runs, one)) == [0.5, 0, 1]
+    half = 1.96 / 20 / 2**0.5
+    assert np.allclose(numbers((queries, one), (queries, one)), [0, -half, half], atol=0.005)
 
 
 def test_the_source_of_a_package_becomes_a_collection_and_texts_to_train_on(tmp_path, monkeypatch):
