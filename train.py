@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from argparse import Namespace
 from collections import Counter
 from contextlib import suppress
@@ -388,7 +389,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
 
 # Arguments that may differ at --resume: those that change nothing but rounding (and some of
 # them the numbers behind dropout); and those that are names, since `identify` compares what they
-# stand for: a recipe's values, the content of --data, the models' configurations and LoRA.
+# stand for: a recipe's values, the content of --data, the models' configurations and weights.
 MAY_CHANGE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
 groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
 eval_every eval_data save_steps""".split()
@@ -446,13 +447,19 @@ def save_checkpoint(folder, step, revela, optimizer, identity, rank):
 
 
 def identify(args, groups, per_update, llamas):
-    """{name: value} of all that decides what a training computes."""
+    """{name: value} of all that decides what a training computes. Collective."""
     identity = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     identity |= {"groups": len(groups), "checksum of --data": groups.checksum}
     identity |= {"processes x --groups_per_device x --gradient_accumulation_steps": per_update}
     for name, llama in llamas.items():
         identity |= {f"the {name}'s {k}": value for k, value in vars(llama.config).items()}
         identity[f"the {name}'s LoRA"] = llama.lora  # that of a given adapter, not of the flags
+        checksum = 0
+        for p in llama.parameters():
+            if not p.requires_grad:  # and so is not in a checkpoint
+                frozen = full_tensor(p.detach()).cpu().view(torch.uint8).numpy()
+                checksum = zlib.crc32(frozen, checksum)
+        identity[f"the {name}'s frozen weights (checksum)"] = checksum
     return identity
 
 

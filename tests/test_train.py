@@ -480,6 +480,16 @@ def test_a_resume_without_the_adapter_that_it_began_with_is_refused(tmp_path):
             train.main([*args, "--resume"])
 
 
+def test_a_resume_on_other_frozen_weights_is_refused(tmp_path):
+    """SmolLM2 and SmolLM2-Instruct have one config."""
+    bases = [make_model(tmp_path / f"base{seed}", seed) for seed in (0, 1)]
+    train.main(arguments(tmp_path, "a", f"--model {bases[0]} --max_steps 1"))
+    moved = bases[0].rename(tmp_path / "moved")
+    train.main(arguments(tmp_path, "a", f"--model {moved} --max_steps 1 --resume"))
+    with pytest.raises(ValueError, match="the retriever's frozen weights .* was"):
+        train.main(arguments(tmp_path, "a", f"--model {bases[1]} --max_steps 1 --resume"))
+
+
 def test_peak_memory_is_in_gigabytes():
     held = torch.ones(2**28)  # 1.07 GB
     assert held.nbytes / 1e9 < train.peak_memory(torch.device("cpu")) < 50
