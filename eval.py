@@ -146,9 +146,9 @@ def search(queries, passages, k, chunk=65536):
     indices = scores.long()
     for start in range(0, len(passages), chunk):
         part = queries @ passages[start : start + chunk].T  # [Q, chunk]
-        numbers = torch.arange(start, start + part.shape[1]).expand_as(part)
+        part, numbers = part.topk(min(k, part.shape[1]))  # [Q, k]
         scores = torch.cat([scores, part], 1)
-        indices = torch.cat([indices, numbers], 1)
+        indices = torch.cat([indices, start + numbers], 1)
         scores, indices = largest(scores, indices, k)
     return scores, indices
 
