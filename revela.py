@@ -267,6 +267,7 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     # for speed: who reads whom, the same in every block. It leaves out weights up to 1e-8
     plan = in_batch_plan(weights, lm.config.num_attention_heads, T)
 
+    @torch.compiler.disable  # each form of the plan would be compiled anew
     def add_others(own, q, k, v):
         """own and what the passages read from each other, as one sum [N, H, T, d].
 

@@ -357,10 +357,8 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     stats = Counter(tokens=sum(revela.is_target(batch).sum() for batch in micro_batches))
     for i, batch in enumerate(micro_batches):
         share = counts[i] / total
-        last = i == len(micro_batches) - 1  # gradients are reduced once per update
-        model.require_backward_grad_sync = last  # which DDP reads
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
+        # for DDP, which reads it: reduce gradients once per update. FSDP keeps them in parts
+        model.require_backward_grad_sync = i == len(micro_batches) - 1
         torch.manual_seed(seeds[i])
         with autocast():
             loss = model(batch)

@@ -12,7 +12,7 @@ import sys
 import warnings
 from argparse import Namespace
 from functools import partial
-from itertools import permutations
+from itertools import cycle, permutations
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import eval
 import train
 from data import setup
-from model import Llama, load_adapter
+from model import Llama, in_batch_plan, load_adapter
 from revela import Retriever, Revela, collate
 
 
@@ -180,6 +180,16 @@ def test_accumulation_processes_and_strategies_do_not_change_the_update(tmp_path
         assert moved.abs().median() > 2e-5  # twenty times what may differ
     for other in others:
         same(tmp_path / "1x4", tmp_path / other, 1e-6)
+
+
+def test_fsdp_trains_the_control_whose_retriever_never_runs(tmp_path):
+    def args(out, accumulation, *more):
+        more = f"--no_inbatch --gradient_accumulation_steps {accumulation} --max_steps 2", *more
+        return arguments(tmp_path, out, "--learning_rate 2e-4 --lora_dropout 0", *more)
+
+    train.main(args("whole", 4))
+    together(2, run, args("parts", 2, "--strategy fsdp"))
+    same(tmp_path / "whole", tmp_path / "parts", 1e-6)
 
 
 def test_what_shards_save_is_float32_after_a_pass_in_bfloat16(tmp_path):
@@ -679,9 +689,16 @@ def test_compiled_blocks_compute_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
     how = "--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps 2"
     train.main(arguments(tmp_path, "plain", how))
-    for name, more in (("kept", ""), ("again", "--activation_checkpointing full")):
+    again = "--activation_checkpointing full"
+    counts = {}
+    for name, more in (("kept", ""), ("again", again), ("parts", "")):
+        if name == "parts":  # in every other update a part for each passage
+            sizes = cycle([2**24, 1])
+            plan = lambda *args: in_batch_plan(*args, max_scores=next(sizes))  # noqa: E731
+            monkeypatch.setattr("revela.in_batch_plan", plan)
         torch._dynamo.reset()
         graphs.clear()
         train.main(arguments(tmp_path, name, how, "--compile", more))
-        assert len(graphs) > 3
+        counts[name] = len(graphs)
         same(tmp_path / "plain", tmp_path / name, 1e-5, logs=False)
+    assert min(counts.values()) > 3 and counts["kept"] == counts["parts"]
