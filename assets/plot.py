@@ -2,6 +2,7 @@
 
 python assets/plot.py updates curves.svg runs/smol-0 runs/smol-1
 python assets/plot.py weights weights.svg runs/small-0 --at 0 20 60 100
+python assets/plot.py minutes minutes.svg
 """
 
 import argparse
@@ -55,6 +56,26 @@ def updates(runs):
     return picture
 
 
+def minutes():
+    """One run of `small`, and averages of several, against the minutes that they took."""
+    from tables import AVERAGES, DATA, all_gains, ndcg
+
+    picture = figure.Figure(figsize=(6, 6), layout="tight")
+    panels = picture.subplots(2, sharex=True)
+    means = [], []
+    for n, runs in AVERAGES.items():
+        x, runs = n * 488 / 60, f"small/{runs}"
+        values = ndcg(runs, "dense", *DATA), [log[max(log)] for log in all_gains(runs)]
+        for axes, y, mean in zip(panels, values, means):
+            axes.plot([x] * len(y), y, "o", color=COLORS[0], alpha=0.5)
+            mean.append((x, sum(y) / len(y)))
+    for axes, mean, title in zip(panels, means, ("nDCG@10, mean of three", "held-out gain")):
+        axes.plot(*zip(*mean), marker="", color=COLORS[0])
+        axes.set_ylabel(title)
+    panels[-1].set_xlabel("minutes")
+    return picture
+
+
 def weights(run, at):
     """The weights w of a run's first held-out group as squares, at the updates `at`."""
     run = Path(run)
@@ -81,15 +102,20 @@ def weights(run, at):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw training runs.")
     add = parser.add_argument
-    add("kind", choices=("updates", "weights"))
+    add("kind", choices=("updates", "weights", "minutes"))
     add("out", help="picture to write (.svg, .png); must not exist")
-    add("runs", nargs="+", help="run folders or metrics.jsonl files")
+    add("runs", nargs="*", help="run folders or metrics.jsonl files; minutes: none")
     add("--at", type=int, nargs="+", default=[0, 20, 60, 100], help="weights: which updates")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         parser.error(f"{args.out} exists already; remove it or choose another name")
     rcParams.update(STYLE)
-    picture = updates(args.runs) if args.kind == "updates" else weights(args.runs[0], args.at)
+    if args.kind == "updates":
+        picture = updates(args.runs)
+    elif args.kind == "weights":
+        picture = weights(args.runs[0], args.at)
+    else:
+        picture = minutes()
     picture.savefig(args.out, metadata={"Date": None})
 
 

@@ -29,10 +29,15 @@ def logged(runs, key):
     return [{row["step"]: row[key] for row in log if key in row} for log in logs]
 
 
+def all_gains(runs):
+    """{update: held-out loss with uniform weights, minus that with the retriever's}, of each."""
+    logs = logged(runs, "heldout_loss")
+    return [{step: x["uniform"] - x["retriever"] for step, x in log.items()} for log in logs]
+
+
 def gain(run):
-    """{update: held-out loss with uniform weights, minus that with the retriever's}."""
-    [losses] = logged(run, "heldout_loss")
-    return {step: loss["uniform"] - loss["retriever"] for step, loss in losses.items()}
+    [found] = all_gains(run)
+    return found
 
 
 def config(run):
@@ -155,17 +160,17 @@ def readme():
 
 
 def sizes():
-    """Groups of 8, 16 and 32, as many passages; then what 16 is worth more than the others."""
+    """Groups of 4 to 32, as many passages; then what 16 is worth more than the others."""
     yield from head(
         "| passages in a group | updates | adi | cranfield | cisi | cacm | mean of three "
         "| with BM25 `--english` |"
     )
-    for run in ("small/size8", "small/seed", "small/size32"):
+    for run in ("small/size4", "small/size8", "small/seed", "small/size32"):
         settings = [str(config(f"{run}-0")[key]) for key in ("train_group_size", "max_steps")]
         cells = [span(ndcg(f"{run}-[0-2]", "dense", *names)) for _, names in ROWS]
         yield line(*settings, *cells, span(ndcg(f"{run}-[0-2]", "fused", *DATA)))
     sixteen = ("small/seed-[0-2]", "dense")
-    for size in (8, 32):
+    for size in (4, 8, 32):
         other = (f"small/size{size}-[0-2]", "dense")
         cells = [paired(names, sixteen, other) for _, names in ROWS]
         yield line(f"16 - {size}", "", *cells, "")
@@ -211,19 +216,32 @@ def lengths():
 
 
 def beginnings():
-    """The first 96 tokens of each text, in place of 512: four seeds, their average, seven's."""
-    yield from head(
-        "| | 512 tokens | 96 tokens | 96 - 512 | 96, with BM25 `--english` "
-        "| 96, average of the four | average, with it | 96, average of seven | seven, with it |"
-    )
-    long, short, average = "small/seed-[0124]", "small/begin-?", "small/begin-average"
-    seven = "small/begin-average7"
+    """The first 96 tokens of each text, in place of 512: four seeds."""
+    yield from head("| | 512 tokens | 96 tokens | 96 - 512 | 96, with BM25 `--english` |")
+    long, short = "small/seed-[0124]", "small/begin-?"
     for title, names in ROWS:
         cells = [span(ndcg(runs, "dense", *names)) for runs in (long, short)]
         cells.append(paired(names, (short, "dense"), (long, "dense")))
-        cells += [span(ndcg(short, "fused", *names)), cell(average, "dense", *names)]
-        cells += [cell(average, "fused", *names), cell(seven, "dense", *names)]
-        yield line(title, *cells, cell(seven, "fused", *names))
+        yield line(title, *cells, span(ndcg(short, "fused", *names)))
+
+
+# runs of 8 minutes that are averaged, and the files that have them
+AVERAGES = {1: "begin-[0124]", 2: "mean-??", 4: "mean-????", 7: "mean-???????"}
+
+
+def minutes():
+    """One run, and averages of several; texts read up to 96 tokens."""
+    yield from head(
+        "| runs | minutes | averages | adi | mean of three | that minus one run's "
+        "| with BM25 `--english` | held-out gain |"
+    )
+    for n, runs in AVERAGES.items():
+        runs = f"small/{runs}"
+        found = [ndcg(runs, "dense", "adi"), ndcg(runs, "dense", *DATA)]
+        more = "" if n == 1 else paired(DATA, (runs, "dense"), ("small/begin-[0124]", "dense"))
+        cells = [str(n), f"{n * 488 / 60:.0f}", str(len(found[0])), *map(span, found), more]
+        held_out = [gains[max(gains)] for gains in all_gains(runs)]
+        yield line(*cells, span(ndcg(runs, "fused", *DATA)), span(held_out))
 
 
 def hour():
@@ -244,17 +262,20 @@ def hour_end():
 
 
 def contrastive_pilots():
-    """Chosen by adi and med: texts read up to 96 tokens, 100 updates, seed 0."""
-    yield from head("| negatives | τ | learning rate | adi | med |")
+    """Chosen by adi and med: texts read up to 96 tokens, seed 0."""
+    yield from head("| negatives | τ | learning rate | updates | adi | med |")
     runs = ["c-rand-.02", "c-rand-.05", "c-sim-.05", "c-sim-.1", "c-sim-.05-lr2e-4"]
-    for run in [*runs, "c-sim-.1-lr2e-4", "c-sim-.2-lr2e-4", "c-sim-.05-lr7e-5"]:
+    runs += ["c-sim-.1-lr2e-4", "c-sim-.2-lr2e-4", "c-sim-.05-lr7e-5"]
+    runs += ["c-sim-.1-lr2e-4-230", "c-sim-.1-lr7e-5-230"]
+    for run in runs:
         values = config(f"small/{run}")
         kind = "at random" if "rand" in run else "alike"
         cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
-        yield line(kind, str(values["attn_temperature"]), rate(values), *cells)
+        settings = [str(values["attn_temperature"]), rate(values), str(values["max_steps"])]
+        yield line(kind, *settings, *cells)
     for title, run in (("*mean, untrained*", "untrained"), ("*Revela, seed 0*", "0")):
         cells = [cell(f"small/short-{run}", "dense", name) for name in ("adi", "med")]
-        yield line(title, "", "", *cells)
+        yield line(title, "", "", "", *cells)
 
 
 def replug_pilots():
@@ -270,8 +291,8 @@ def replug_pilots():
 def contrastive():
     """The best of the pilots at full length: as many updates as Revela, then about its time."""
     yield from head(
-        "| | mean, untrained | contrastive, seeds 0-4 | contrastive, 230 updates "
-        "| Revela, seeds 0-4 | Revela - contrastive | Revela - 230 updates |"
+        "| | mean, untrained | contrastive | contrastive, 230 updates "
+        "| Revela | Revela - contrastive | Revela - 230 updates |"
     )
     runs = ["small/contrastive-?", "small/contrastive-230-?", "small/seed-?"]
     for title, names in ROWS:
@@ -282,19 +303,17 @@ def contrastive():
 
 
 def averaged():
-    """The retrievers of four seeds in one, and those of seven."""
+    """The retrievers of four seeds in one."""
     yield from head(
         "| | four seeds | their average | average - four | four, with BM25 `--english` "
-        "| average, with it | average of seven | seven - average of four | seven, with it |"
+        "| average, with it |"
     )
-    four, average, seven = "small/seed-[0-3]", "small/average", "small/average7"
+    four, average = "small/seed-[0-3]", "small/average"
     for title, names in ROWS:
         cells = [span(ndcg(four, "dense", *names)), cell(average, "dense", *names)]
         cells.append(paired(names, (average, "dense"), (four, "dense")))
         cells += [span(ndcg(four, "fused", *names)), cell(average, "fused", *names)]
-        cells.append(cell(seven, "dense", *names))
-        cells.append(paired(names, (seven, "dense"), (average, "dense")))
-        yield line(title, *cells, cell(seven, "fused", *names))
+        yield line(title, *cells)
 
 
 RUNS = json.loads((RAW / "small/pilots.json").read_text())
@@ -404,8 +423,8 @@ def toy_ablations():
         yield line(title, *(f"{values[500]:.4f}" for values in found))
 
 
-TABLES = [toy, recipe, gains, averaged, lengths, beginnings, hour, hour_end, pilots, variants]
-TABLES += [contrastive_pilots, contrastive, replug_pilots, sizes, own_texts, torch_source]
+TABLES = [toy, recipe, gains, averaged, lengths, beginnings, minutes, hour, hour_end, pilots]
+TABLES += [variants, contrastive_pilots, contrastive, replug_pilots, sizes, own_texts, torch_source]
 TABLES += [rounding, toy_ablations]
 
 if __name__ == "__main__":
