@@ -87,7 +87,8 @@ class Linear(nn.Linear):
 
     def correction(self, x):
         """scale * B A dropout(x)."""
-        x = dropout(x, self.dropout if self.training else 0.0)
+        training = self.training and self.lora_A.weight.requires_grad  # no noise if it is frozen
+        x = dropout(x, self.dropout if training else 0.0)
         return self.lora_B(self.scale * self.lora_A(x))
 
 

@@ -220,6 +220,15 @@ def test_lora_starts_at_zero_freezes_the_rest_and_merges(tiny):
     assert (apart - before).abs().max() > 0.1
 
 
+def test_a_frozen_adapter_has_no_dropout(tiny):
+    """--freeze_lm with an --lm_adapter: its file may ask for dropout."""
+    llama = with_lora(Llama.from_pretrained(tiny), dropout=0.5).train()
+    ids = torch.arange(12).view(2, 6)
+    assert not llama(ids).equal(llama(ids))
+    llama.requires_grad_(False)
+    assert llama(ids).equal(llama.eval()(ids))
+
+
 @pytest.mark.parametrize(
     "p, dtype", [(0.1, torch.float32), (0.1, torch.bfloat16), (0.5, torch.bfloat16)]
 )
