@@ -1,4 +1,4 @@
-"""Average the retrievers of several runs that differ in --seed.
+"""Average the adapters of several runs that differ in --seed.
 
     python assets/average.py runs/mean runs/small-0/retriever runs/small-1/retriever ...
 

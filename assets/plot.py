@@ -107,6 +107,8 @@ def main(argv=None):
     add("runs", nargs="*", help="run folders or metrics.jsonl files; minutes: none")
     add("--at", type=int, nargs="+", default=[0, 20, 60, 100], help="weights: which updates")
     args = parser.parse_args(argv)
+    if bool(args.runs) == (args.kind == "minutes"):
+        parser.error("updates and weights need runs, minutes has none")
     if Path(args.out).exists():
         parser.error(f"{args.out} exists already; remove it or choose another name")
     rcParams.update(STYLE)

@@ -173,7 +173,8 @@ def sizes():
     for size in (4, 8, 32):
         other = (f"small/size{size}-[0-2]", "dense")
         cells = [paired(names, sixteen, other) for _, names in ROWS]
-        yield line(f"16 - {size}", "", *cells, "")
+        fused = [(runs, "fused") for runs, _ in (sixteen, other)]
+        yield line(f"16 - {size}", "", *cells, paired(DATA, *fused))
 
 
 def own(system, *names):
@@ -289,16 +290,17 @@ def replug_pilots():
 
 
 def contrastive():
-    """The best of the pilots at full length: as many updates as Revela, then about its time."""
+    """The best of the pilots at full length: as many updates as Revela, then more than its time."""
     yield from head(
-        "| | mean, untrained | contrastive | contrastive, 230 updates "
-        "| Revela | Revela - contrastive | Revela - 230 updates |"
+        "| | mean, untrained | contrastive | 230 updates | 230 updates at 7e-5 | Revela "
+        "| Revela - contrastive | Revela - 230 at 7e-5 |"
     )
-    runs = ["small/contrastive-?", "small/contrastive-230-?", "small/seed-?"]
+    short, long, low = (f"small/contrastive-{kind}?" for kind in ("", "230-", "7e-5-"))
     for title, names in ROWS:
-        cells = [span(ndcg(run, "dense", *names)) for run in ["small/untrained", *runs]]
-        for other in runs[:2]:
-            cells.append(paired(names, (runs[2], "dense"), (other, "dense")))
+        runs = ["small/untrained", short, long, low, "small/seed-?"]
+        cells = [span(ndcg(run, "dense", *names)) for run in runs]
+        for other in (short, low):
+            cells.append(paired(names, ("small/seed-?", "dense"), (other, "dense")))
         yield line(title, *cells)
 
 
