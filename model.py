@@ -76,20 +76,20 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.lora_A is None:
             return super().forward(x)
-        if self.dropout and self.training and torch.is_grad_enabled():
+        # no noise from an adapter that is frozen
+        p = self.dropout if self.training and self.lora_A.weight.requires_grad else 0.0
+        if p and torch.is_grad_enabled():
             # computed again in the backward pass: only x is kept, which q, k and v share
-            y = checkpoint(self.correction, x, use_reentrant=False)
+            y = checkpoint(self.correction, x, p, use_reentrant=False)
         else:
-            y = self.correction(x)
+            y = self.correction(x, p)
         # the frozen matmul comes last, and the backward pass needs nothing of it: a checkpoint
         # around this, as in `MLP`, computes again all but that
         return y + super().forward(x)
 
-    def correction(self, x):
-        """scale * B A dropout(x)."""
-        training = self.training and self.lora_A.weight.requires_grad  # no noise if it is frozen
-        x = dropout(x, self.dropout if training else 0.0)
-        return self.lora_B(self.scale * self.lora_A(x))
+    def correction(self, x, p):
+        """scale * B A dropout(x), of probability p."""
+        return self.lora_B(self.scale * self.lora_A(dropout(x, p)))
 
 
 def dropout(x, p):

@@ -357,7 +357,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     stats = Counter(tokens=sum(revela.is_target(batch).sum() for batch in micro_batches))
     for i, batch in enumerate(micro_batches):
         share = counts[i] / total
-        # for DDP, which reads it: reduce gradients once per update. FSDP keeps them in parts
+        # DDP reads this: it reduces gradients once per update. FSDP does it each time, into parts
         model.require_backward_grad_sync = i == len(micro_batches) - 1
         torch.manual_seed(seeds[i])
         with autocast():

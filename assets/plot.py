@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from tables import AVERAGES, DATA, MINUTES, last_gains, ndcg
+
 try:
     from matplotlib import cycler, figure, rcParams
 except ImportError:
@@ -58,14 +60,11 @@ def updates(runs):
 
 def minutes():
     """One run of `small`, and averages of several, against the minutes that they took."""
-    from tables import AVERAGES, DATA, all_gains, ndcg
-
     picture = figure.Figure(figsize=(6, 6), layout="tight")
     panels = picture.subplots(2, sharex=True)
     means = [], []
     for n, runs in AVERAGES.items():
-        x, runs = n * 488 / 60, f"small/{runs}"
-        values = ndcg(runs, "dense", *DATA), [log[max(log)] for log in all_gains(runs)]
+        x, values = n * MINUTES, (ndcg(runs, "dense", *DATA), last_gains(runs))
         for axes, y, mean in zip(panels, values, means):
             axes.plot([x] * len(y), y, "o", color=COLORS[0], alpha=0.5)
             mean.append((x, sum(y) / len(y)))

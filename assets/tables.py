@@ -40,6 +40,10 @@ def gain(run):
     return found
 
 
+def last_gains(runs):
+    return [log[max(log)] for log in all_gains(runs)]
+
+
 def config(run):
     return json.loads((RAW / f"{run}-config.json").read_text())
 
@@ -226,8 +230,9 @@ def beginnings():
         yield line(title, *cells, span(ndcg(short, "fused", *names)))
 
 
-# runs of 8 minutes that are averaged, and the files that have them
-AVERAGES = {1: "begin-[0124]", 2: "mean-??", 4: "mean-????", 7: "mean-???????"}
+MINUTES = 488 / 60  # of a run
+# how many runs are averaged, and the files that have them
+AVERAGES = {1: "small/begin-[0124]"} | {n: f"small/mean-{'?' * n}" for n in (2, 4, 7)}
 
 
 def minutes():
@@ -237,12 +242,10 @@ def minutes():
         "| with BM25 `--english` | held-out gain |"
     )
     for n, runs in AVERAGES.items():
-        runs = f"small/{runs}"
         found = [ndcg(runs, "dense", "adi"), ndcg(runs, "dense", *DATA)]
-        more = "" if n == 1 else paired(DATA, (runs, "dense"), ("small/begin-[0124]", "dense"))
-        cells = [str(n), f"{n * 488 / 60:.0f}", str(len(found[0])), *map(span, found), more]
-        held_out = [gains[max(gains)] for gains in all_gains(runs)]
-        yield line(*cells, span(ndcg(runs, "fused", *DATA)), span(held_out))
+        more = "" if n == 1 else paired(DATA, (runs, "dense"), (AVERAGES[1], "dense"))
+        cells = [str(n), f"{n * MINUTES:.0f}", str(len(found[0])), *map(span, found), more]
+        yield line(*cells, span(ndcg(runs, "fused", *DATA)), span(last_gains(runs)))
 
 
 def hour():

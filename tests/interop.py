@@ -316,6 +316,13 @@ def test_plots_draw_what_the_files_say(tmp_path, monkeypatch):
     assert "updates" in Path("c.svg").read_text()
     with pytest.raises(SystemExit):
         plot.main(["updates", "c.svg", "a"])  # it exists
+    for wrong in (["weights", "d.svg"], ["minutes", "d.svg", "a"]):
+        with pytest.raises(SystemExit):
+            plot.main(wrong)
+    plot.main(["minutes", "d.svg"])
+    ndcg, gain = drawn[-1].axes
+    assert [line.get_xdata()[0] for line in ndcg.lines[:4]] == [n * 488 / 60 for n in (1, 2, 4, 7)]
+    assert len(ndcg.lines) == len(gain.lines) == 5
 
     w = [[0, 0.1, 0.9], [0.3, 0, 0.7], [0.8, 0.2, 0]]
     texts = ["They ask Bo Zed for figs.", "Al Cy is a poet.", "The town of Bo Zed is Ash."]

@@ -694,7 +694,10 @@ def test_compiled_blocks_compute_the_same(tmp_path, monkeypatch):
     for name, more in (("kept", ""), ("again", again), ("parts", "")):
         if name == "parts":  # in every other update a part for each passage
             sizes = cycle([2**24, 1])
-            plan = lambda *args: in_batch_plan(*args, max_scores=next(sizes))  # noqa: E731
+
+            def plan(*args):
+                return in_batch_plan(*args, max_scores=next(sizes))
+
             monkeypatch.setattr("revela.in_batch_plan", plan)
         torch._dynamo.reset()
         graphs.clear()
