@@ -40,7 +40,8 @@ PREFIX = {"query": "query: ", "passage": "passage: "}  # what the retriever read
 
 def parse_group(line, where, size):
     """(first `size` texts, src or None) of a line. Raises ValueError that begins with `where`."""
-    group, src = parse(line, where), None
+    group = parse(line, where)
+    src = None
     if isinstance(group, dict):
         group, src = group.get("text"), group.get("src")
     if not isinstance(group, list) or not all(isinstance(text, str) for text in group):
@@ -112,8 +113,8 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 # Where a text may be cut, from the best place to the last resort.
 CUTS = [
-    # after . ! ? unless a small letter follows; at an empty line; after 。 ！ ？
-    re.compile(r"""(?<=[.!?])["')\]]*\s+(?![a-z])|\n\s*\n|[。！？]["'」』”’]*"""),
+    # after . ! ? and quotes, unless a small letter follows; at an empty line; after 。 ！ ？
+    re.compile(r"""(?<=[.!?])["')\]]*\s+(?![a-z]) | \n\s*\n | [。！？]["'」』”’]*""", re.VERBOSE),
     re.compile(r"\n"),
     # between words; between unspaced characters, but not before a mark on one
     re.compile(rf"\s+|(?<=[{UNSPACED}])(?![{MARKS}])"),
@@ -137,7 +138,7 @@ def split_passages(text, max_words=120):
         start = 0
         for end in [match.end() for match in cut.finditer(text)] + [len(text)]:
             piece, start = text[start:end], end
-            if count(piece) <= max_words or not cuts:
+            if count(piece) <= max_words or not cuts:  # after the last cut it is one word
                 yield piece
             else:
                 yield from pieces(piece, *cuts)
@@ -152,6 +153,11 @@ def split_passages(text, max_words=120):
     return [passage.strip() for passage in passages if passage.strip()]
 
 
+def parts(items, size):
+    """The list `items` in parts of `size`, in order; the last may be shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def group_by_document(documents, size, run_length, seed=0):
     """List groups of `size` passages from `documents`, which are lists of passages.
 
@@ -160,11 +166,11 @@ def group_by_document(documents, size, run_length, seed=0):
     Every passage is used once, but for those of a last, short group.
     """
     rng = random.Random(seed)
-    runs = [doc[i : i + run_length] for doc in documents for i in range(0, len(doc), run_length)]
+    runs = [run for doc in documents for run in parts(doc, run_length)]
     rng.shuffle(runs)
     runs.sort(key=len, reverse=True)
     passages = [passage for run in runs for passage in run]
-    groups = [passages[i : i + size] for i in range(0, len(passages) - size + 1, size)]
+    groups = [group for group in parts(passages, size) if len(group) == size]
     rng.shuffle(groups)
     return groups
 
@@ -173,30 +179,27 @@ def group_by_similarity(documents, size, run_length, seed=0, block=4096, nearest
     """List groups of `size` passages: a run from each of size / run_length similar documents.
 
     A run is `run_length` consecutive passages; what is left of a document is not used. The first
-    document of a group is drawn at random. Then come its most similar ones that have an unused run,
-    out of its `nearest`. Similar is what BM25 finds with the whole document as a query. Documents
-    meet in blocks of `block`, so that the time grows linearly.
+    document of a group is drawn at random. Then come, of its `nearest` documents, the first ones
+    with an unused run. Near is what BM25 finds with the whole document as a query. Documents meet
+    in blocks of `block`, so that the time grows linearly.
     """
     from eval import BM25  # here, since eval imports this file
 
-    rng, groups, n_others = random.Random(seed), [], size // run_length - 1
+    rng, groups = random.Random(seed), []
+    n_others = size // run_length - 1
     nearest = max(nearest, 2 * n_others)
     documents = [doc for doc in documents if len(doc) >= run_length]
     rng.shuffle(documents)
-    for first in range(0, len(documents), block):
-        part = documents[first : first + block]
-        runs = []
-        for doc in part:
-            starts = range(0, len(doc) - run_length + 1, run_length)
-            runs.append([doc[i : i + run_length] for i in starts])
+    for part in parts(documents, block):
+        runs = [[run for run in parts(doc, run_length) if len(run) == run_length] for doc in part]
         texts = [" ".join(doc) for doc in part]
         index = BM25(texts)
         # + 1: the document itself is among them
         near = [np.argsort(-index.scores(text), kind="stable")[: nearest + 1] for text in texts]
         before = None
-        while before != len(groups):  # rounds, in which each document begins one group at most
+        while before != len(groups):  # rounds, until one adds no group
             before = len(groups)
-            for i in rng.sample(range(len(part)), len(part)):
+            for i in rng.sample(range(len(part)), len(part)):  # all of them, in random order
                 alike = [j for j in near[i].tolist() if j != i and runs[j]][:n_others]
                 if runs[i] and len(alike) == n_others:
                     groups.append([])
@@ -228,7 +231,7 @@ def read_beir(folder, split="test"):
     """
     folder = Path(folder)
     corpus, queries = read_texts(folder / "corpus.jsonl"), read_texts(folder / "queries.jsonl")
-    file = folder / "qrels" / f"{split}.tsv"
+    file = folder / f"qrels/{split}.tsv"
     judged = read_qrels(file)
     qrels = {qid: grades for qid, grades in judged.items() if qid in queries}
     docids = [docid for grades in qrels.values() for docid in grades]
@@ -251,8 +254,9 @@ def read_collections(folders, split="test"):
     names = [Path(folder).resolve().name for folder in folders]
     collections = {}
     for name, folder in zip(names, folders):
-        key = name if names.count(name) == 1 else str(folder)
-        collections[key] = read_beir(folder, split)
+        if names.count(name) > 1:
+            name = str(folder)
+        collections[name] = read_beir(folder, split)
     return collections
 
 
@@ -283,7 +287,8 @@ def read_qrels(file):
         where = f"{file}:{number}"
         with blame(where, "is not UTF-8"):
             line = line.decode("utf-8-sig")
-        fields = [field.strip(" ") for field in line.split("\t" if "\t" in line else None)]
+        separator = "\t" if "\t" in line else None  # None: white space
+        fields = [field.strip(" ") for field in line.split(separator)]
         header = number == 1 and not re.search(r"\d", line)
         if header or not line.strip():
             continue
@@ -367,7 +372,7 @@ def write_toy_decoder(folder, texts):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(f"{folder}/tokenizer.json")
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|end|>"})
     config = {
         "model_type": "llama",
@@ -406,9 +411,9 @@ def write_toy_world(folder, seed, n_groups=2000, n_test=200):
             corpus.append({"_id": f"d{i}.{j}", "title": "", "text": text})
             qrels += f"q{i}\td{i}.{j}\t1\n"
     for name, rows in (("groups", groups), ("corpus", corpus), ("queries", queries)):
-        write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"{name}.jsonl", rows)
     write(folder / "qrels/test.tsv", qrels)
-    texts = [p + text for group in groups for text in group for p in PREFIX.values()]
+    texts = [prefix + text for group in groups for text in group for prefix in PREFIX.values()]
     write_toy_decoder(folder, texts)
 
 
@@ -453,7 +458,8 @@ def blame(where, failed):
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):  # the last: `read_lines` yields inside
+    # GeneratorExit: who reads `read_lines`, which yields inside, may leave it
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
         if str(error).startswith(str(where)):
@@ -498,10 +504,10 @@ def read_lines(file):
 
 
 def must_be_new(path):
-    """Raise ValueError if `path` exists. Make the folder it will be in, and return it (or None)."""
-    if path and Path(path).exists():
-        raise ValueError(f"{path} exists already; remove it or choose another name")
+    """Return `path`, or None. Make the folder it will be in; raise ValueError if it exists."""
     if path:
+        if Path(path).exists():
+            raise ValueError(f"{path} exists already; remove it or choose another name")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -530,6 +536,12 @@ def write(file, text):
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
+def write_lines(file, rows):
+    """Replace `file` atomically by `rows`, one JSON value a line."""
+    with replacing(file) as partial, open(partial, "w", encoding="utf-8", errors="replace") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_json(file, value):
     """Replace `file` by `value` atomically."""
     write(file, json.dumps(value, indent=1) + "\n")
@@ -554,10 +566,18 @@ def say(text):
 def flags_given(description, flags, argv=None):
     """({flag: default}, {flag: value given}) of a command line.
 
-    flags: {flag: (default, help, least, below)}. The type is the default's: a bool makes --flag and
-    --no-flag, a tuple lists choices, the first of them the default, a list takes several values,
-    None a text. A number is from `least` (default: 0) to below `below`.
+    flags: {flag: (default, help, least, below)}. What a flag takes follows from its default:
+
+        bool     --flag or --no-flag
+        tuple    one of these; the first is the default
+        list     several values
+        None     a text
+        number   a number from `least` (0, if left out) to below `below`
     """
+
+    def limits(default, text, least=0, below=1e15):
+        return least, below
+
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     defaults = {}
     for name, (default, text, *_) in flags.items():
@@ -575,8 +595,7 @@ def flags_given(description, flags, argv=None):
         defaults[name] = default
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        limits = flags[name][2:]
-        least, below = limits + (0, 1e15)[len(limits) :]  # defaults of those not given
+        least, below = limits(*flags[name])
         if type(value) in (int, float) and not least <= value < below:
             raise ValueError(f"--{name} is {value}; need at least {least}, and less than {below:g}")
     return defaults, given
@@ -585,12 +604,12 @@ def flags_given(description, flags, argv=None):
 def tune_malloc():
     """Let glibc keep what it frees: else a CPU run spends half of its time asking for it again."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # musl's has none
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX
             libc.mallopt(option, value)
 
 
-def setup(device=None):
+def setup(device):
     """Join the process group, if `torchrun` started several. Returns (device, rank, world size)."""
     tune_malloc()
     here = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
@@ -601,13 +620,14 @@ def setup(device=None):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with blame(f"--device {device}", "is not there"):
         device = torch.device(device)
-        gpu = device if device.type == "cuda" else None
+        gpu = device.type == "cuda"
         if gpu:
-            torch.cuda.set_device(gpu)
+            torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return device, 0, 1
-    day = timedelta(days=1)  # others wait for the first one's BM25
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=day, device_id=gpu)
+    day = timedelta(days=1)  # the others wait while the first process runs BM25
+    backend, device_id = ("nccl", device) if gpu else ("gloo", None)
+    dist.init_process_group(backend, timeout=day, device_id=device_id)
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -617,7 +637,7 @@ def barrier():
         dist.barrier()
 
 
-def leave(code=None):
+def leave(code):
     """End this process without Python's shutdown, in which one of gloo's threads may abort it."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -632,7 +652,7 @@ def command(main):
     except (ValueError, OSError) as error:
         failure = str(error)
     except Exception as error:
-        # torch's word for it, on a CPU and on a GPU
+        # torch says "allocate" when memory runs out, on a CPU and on a GPU
         if isinstance(error, RuntimeError) and "allocate" in str(error):
             reason = str(error).splitlines()[0]
             failure = f"out of memory ({reason}). What helps: assets/OPERATIONS.md, When it stops"
@@ -681,12 +701,7 @@ def main():
     groups = make_groups(documents, args.group_size, run_length, args.seed)
     if not groups:
         raise ValueError(f"{len(seen)} passages are too few for a group of {args.group_size}")
-    with (
-        replacing(args.out) as partial,
-        partial.open("w", encoding="utf-8", errors="replace") as out,
-    ):
-        for texts in groups:
-            out.write(json.dumps(texts, ensure_ascii=False) + "\n")
+    write_lines(args.out, groups)
     repeated = total - len(seen)
     print(f"{len(documents):,} documents, {len(seen):,} passages ({repeated:,} repeated left out)")
     print(f"{args.out}: {len(groups):,} groups of {args.group_size}")

@@ -34,7 +34,6 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from data import (
     PREFIX,
@@ -50,6 +49,7 @@ from data import (
     setup,
     split_passages,
     write_json,
+    write_safetensors,
 )
 from model import merge_lora, save_model
 from revela import Retriever, save_pooling
@@ -68,10 +68,10 @@ def ranking(run):
 
 
 def judged(run, qrels):
-    """Yield, for each query that has a relevant document, its id and two lists of grades.
+    """Yield (qid, found, best) of each query that has a relevant document.
 
-    The first list is that of its results, best first, 0 where one is not relevant. The second is
-    that of all its relevant documents, the highest first.
+    found   grades of its results, best first; 0 for what is not relevant
+    best    grades of all its relevant documents, the highest first
     """
     for qid, docids in ranking(run).items():
         grades = {docid: grade for docid, grade in qrels.get(qid, {}).items() if grade > 0}
@@ -93,8 +93,8 @@ def mrr(run, qrels, k=10):
     """{qid: 1 / rank of the first relevant document}, 0 if it is not among the first k."""
     values = {}
     for qid, found, _ in judged(run, qrels):
-        ranks = [r for r, grade in enumerate(found[:k], 1) if grade]
-        values[qid] = 1 / min(ranks, default=math.inf)
+        inverse = (1 / r for r, grade in enumerate(found[:k], 1) if grade)
+        values[qid] = next(inverse, 0.0)
     return values
 
 
@@ -117,19 +117,14 @@ def measure(run, qrels):
     return means | {"per_query": rows}
 
 
-def show(run, collection, n=3, depth=3):
-    """Print the first `n` queries with their first `depth` results; a star marks relevant ones."""
+def show(run, collection):
+    """Print the first three queries with their first three results; a star marks relevant ones."""
     corpus, queries, qrels = collection
-    for qid, docids in list(ranking(run).items())[:n]:
+    for qid, docids in list(ranking(run).items())[:3]:
         print(f"  query: {queries[qid]}")
-        for docid in docids[:depth]:
+        for docid in docids[:3]:
             star = "*" if qrels[qid].get(docid, 0) > 0 else " "
             print(f"    {star} {run[qid][docid]:.3f}  {corpus[docid]}")
-
-
-HEAD = "data             system   nDCG@10   MRR@10    R@100  queries  documents      s"
-ROW = """{data:<16} {system:<7} {ndcg@10:8.4f} {mrr@10:8.4f} {recall@100:8.4f} \
-{queries:>8} {documents:>10} {s:6.1f}"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,18 +138,17 @@ def search(queries, passages, k, chunk=65536):
     the best k so far, so that Q * P scores never exist at once. If P < k, k is P.
     """
     scores = torch.empty(len(queries), 0)
-    indices = scores.long()
+    indices = torch.empty(len(queries), 0, dtype=torch.int64)
     for start in range(0, len(passages), chunk):
         part = queries @ passages[start : start + chunk].T  # [Q, chunk]
         part, numbers = part.topk(min(k, part.shape[1]))  # [Q, k]
-        scores = torch.cat([scores, part], 1)
-        indices = torch.cat([indices, start + numbers], 1)
-        scores, indices = largest(scores, indices, k)
+        scores, indices = merge([(scores, indices), (part, start + numbers)], k)
     return scores, indices
 
 
-def largest(scores, indices, k):
-    """The k largest of `scores` and their `indices`, both [Q, n] -> [Q, k], or all with fewer."""
+def merge(parts, k):
+    """The k largest (or all) of several (scores, indices), both [Q, n]: two tensors [Q, k]."""
+    scores, indices = (torch.cat(part, 1) for part in zip(*parts))
     scores, columns = scores.topk(min(k, scores.shape[1]))
     return scores, indices.gather(1, columns)
 
@@ -162,9 +156,8 @@ def largest(scores, indices, k):
 def without_itself(collection, qid, pairs, k):
     """{docid: score} of the first k of `pairs`, without the document that is the query itself.
 
-    As in BEIR, that is the document with the query's id. But queries and documents are often both
-    numbered from 1. So two things more must hold: its text is the query's, perhaps after a shorter
-    title; and it is not judged relevant.
+    As in BEIR, it has the query's id. But queries and documents are often both numbered from 1. So
+    it must also have the query's text, perhaps after a shorter title, and not be judged relevant.
     """
     corpus, queries, qrels = collection
     query, text = queries[qid], corpus.get(qid, "")
@@ -188,17 +181,17 @@ def dense_run(retriever, collection, k=1000, out=None, **options):
         rank, world_size = dist.get_rank(), dist.get_world_size()
     docids, P = list(corpus), len(corpus)
     start, end = P * rank // world_size, P * (rank + 1) // world_size
+    part = out
     if out and world_size > 1:
-        out = Path(out).with_suffix(f".{rank}-of-{world_size}.npy")
+        part = Path(out).with_suffix(f".{rank}-of-{world_size}.npy")
     texts = list(corpus.values())[start:end]
-    passages = retriever.encode(texts, "passage", out=out, **options)  # [P / world_size, D]
+    passages = retriever.encode(texts, "passage", out=part, **options)  # [P / world_size, D]
     asked = retriever.encode(list(queries.values()), "query", **options)  # [Q, D]
     scores, indices = search(asked, passages, k + 1)  # one more: one may be the query itself
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, (scores, indices + start))
-        scores, indices = (torch.cat(part, 1) for part in zip(*parts))
-        scores, indices = largest(scores, indices, k + 1)
+        scores, indices = merge(parts, k + 1)
     run = {}
     for qid, row, found in zip(queries, scores.tolist(), indices.tolist()):
         pairs = zip([docids[i] for i in found], row)
@@ -239,7 +232,7 @@ class BM25:
         lengths = np.array(lengths)
         norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))  # [N]
         for word, pairs in postings.items():
-            docs, tf = np.array(pairs).reshape(-1, 2).T
+            docs, tf = np.array(pairs).reshape(-1, 2).T  # each [df]
             idf = np.log(1 + (self.n - len(docs) + 0.5) / (len(docs) + 0.5))
             impact = idf * tf / (tf + norm[docs])
             self.impacts[word] = docs, impact.astype(np.float32)
@@ -344,7 +337,7 @@ def interactive(args, retriever, progress=False, **encode):
     """Answer questions from stdin with the five best passages, until an empty line.
 
     With --vectors the passages' vectors are kept for the next run. Their file's name is a hash of
-    the passages, --max_len, and the model, for which the vector of a fixed text stands.
+    the passages, of --max_len, and of the vector of a fixed text, which tells models apart.
     """
     sources, passages = zip(*read_passages(args.interactive))
     corpus = dict(enumerate(passages))
@@ -356,27 +349,28 @@ def interactive(args, retriever, progress=False, **encode):
         name = hashlib.sha256(made_from).hexdigest()[:16]
         file = Path(args.vectors, f"{name}.npy") if args.vectors else None
         if file and file.exists():
-            vectors = torch.from_numpy(np.load(file, mmap_mode="c"))
+            vectors = torch.from_numpy(np.load(file, mmap_mode="c"))  # torch warns of "r"
         else:
             vectors = retriever.encode(passages, out=file, progress=progress, **encode)  # [P, D]
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     print(f"{len(passages):,} passages of {len(set(sources)):,} texts; an empty line ends")
+    qid = "question"
     with suppress(EOFError, KeyboardInterrupt):
         while question := input("\n> ").strip():
             runs = []
             if args.bm25:
-                collection = corpus, {"": question}, {"": {}}  # one query, nothing judged
+                collection = corpus, {qid: question}, {qid: {}}  # one query, nothing judged
                 runs.append(bm25_run(collection, index))
             if retriever:
                 query = retriever.encode([question], "query", **encode)  # [1, D]
-                scores, best = (t[0].tolist() for t in search(query, vectors, 1000))
-                runs.append({"": dict(zip(best, scores))})
+                scores, best = search(query, vectors, 1000)  # both [1, k]
+                runs.append({qid: dict(zip(best[0].tolist(), scores[0].tolist()))})
             run = fuse(*runs) if len(runs) > 1 else runs[0]  # one alone keeps its scores
-            for i in ranking(run)[""][:5]:
+            for i in ranking(run)[qid][:5]:
                 passage = " ".join(passages[i].split())
                 short = passage if len(passage) <= 200 else passage[:197] + "..."
-                print(f"{run[''][i]:7.3f}  {sources[i]}\n         {short}")
-            if not run[""]:
+                print(f"{run[qid][i]:7.3f}  {sources[i]}\n         {short}")
+            if not run[qid]:
                 print("nothing found")
 
 
@@ -397,15 +391,15 @@ def export(retriever, folder, max_len=512):
     tokens = [ours.tokenizer.id_to_token(i) for i in ids]
     if None in tokens:
         raise ValueError(f"{ours.file} has no token {ours.eos_id}, the EOS, which --export needs")
+    *start, eos = tokens
     merge_lora(retriever.llama)
     save_model(retriever.llama, folder)
-    *start, eos = tokens
-    tokenizer = tokenizers.Tokenizer.from_str(ours.tokenizer.to_str())
+    tokenizer = tokenizers.Tokenizer.from_str(ours.tokenizer.to_str())  # a copy
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=[*start, "$A"] if retriever.pooling == "mean" else [*start, "$A", eos],
         special_tokens=list(zip(tokens, ids)),
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(f"{folder}/tokenizer.json")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_len,
@@ -428,7 +422,8 @@ def write_modules(retriever, folder, max_len):
     prompts = PREFIX | {"document": PREFIX["passage"]}
     config = {"prompts": prompts, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", config)
-    lengths = {"max_seq_length": max_len - int(mean), "do_lower_case": False}
+    length = max_len - 1 if mean else max_len
+    lengths = {"max_seq_length": length, "do_lower_case": False}
     write_json(folder / "sentence_bert_config.json", lengths)
     kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
     if not mean:
@@ -451,8 +446,9 @@ def write_modules(retriever, folder, max_len):
         dense["activation_function"] = "torch.nn.modules.linear.Identity"
         write_json(folder / "2_Dense/config.json", dense)
         center, scale = retriever.mean.cpu(), 1 / retriever.std.cpu()
+        # (x - center) * scale
         layer = {"linear.weight": scale.diag(), "linear.bias": -center * scale}
-        save_file(layer, folder / "2_Dense/model.safetensors")
+        write_safetensors(folder / "2_Dense/model.safetensors", layer)
 
 
 def mteb_results(retriever, tasks, max_len):
@@ -465,7 +461,7 @@ def mteb_results(retriever, tasks, max_len):
         tasks = mteb.get_tasks(tasks=tasks)
         done = mteb.evaluate(SentenceTransformer(folder), tasks, cache=None)
     for task in done.task_results:
-        scores = next(iter(task.scores.values()))[0]  # of the task's one split
+        scores = next(iter(task.scores.values()))[0]  # of its one split, the first subset
         result = {"data": task.task_name, "system": "dense", "per_query": {}}
         result |= {name: scores[name.replace("@", "_at_")] for name in MEASURES}
         print(ROW.format(**result, queries="", documents="", s=0))
@@ -537,10 +533,15 @@ def systems(args, retriever, options, collection, out):
         yield "fused", fuse(dense, bm25)
 
 
+HEAD = "data             system   nDCG@10   MRR@10    R@100  queries  documents      s"
+ROW = """{data:<16} {system:<7} {ndcg@10:8.4f} {mrr@10:8.4f} {recall@100:8.4f} \
+{queries:>8} {documents:>10} {s:6.1f}"""
+
+
 def evaluate(args, retriever, options):
     """Yield the results of every collection and system, and print them."""
     collections = read_collections(args.data, args.split)
-    files = dict.fromkeys(collections)
+    files = dict.fromkeys(collections)  # None: vectors are not kept
     if args.vectors:
         for name in collections:
             file = f"{name.replace('/', '_')}.npy"
@@ -562,10 +563,8 @@ def evaluate(args, retriever, options):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.vectors:
-        Path(args.vectors).mkdir(parents=True, exist_ok=True)
     device, rank, _ = setup(args.device)
-    if rank > 0:  # helps with the dense runs and leaves the rest to the first process
+    if rank > 0:  # helps with the dense runs of --data, and leaves the rest to the first process
         for name in ("bm25", "mteb", "export", "out", "interactive"):
             setattr(args, name, None)
     retriever, options = None, {}

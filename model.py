@@ -15,6 +15,7 @@ Shapes, here and in the other files:
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,9 @@ class LlamaConfig:
 # --------------------------------------------------------------------------------------------------
 # the decoder
 
+# recompute(f, *args) is f(*args), of which args alone are kept: the backward pass calls f again
+recompute = partial(checkpoint, use_reentrant=False)
+
 
 class Linear(nn.Linear):
     """x W^T + bias; after `add_lora` also scale * B A dropout(x), with W frozen."""
@@ -71,20 +75,18 @@ class Linear(nn.Linear):
     def __init__(self, in_features, out_features, bias=False):
         super().__init__(in_features, out_features, bias=bias)
         self.lora_A = self.lora_B = None
-        self.scale, self.dropout = 1.0, 0.0
 
     def forward(self, x):
         if self.lora_A is None:
             return super().forward(x)
-        # no noise from an adapter that is frozen
+        # no dropout in an adapter that is frozen (train.py --freeze_lm)
         p = self.dropout if self.training and self.lora_A.weight.requires_grad else 0.0
         if p and torch.is_grad_enabled():
-            # computed again in the backward pass: only x is kept, which q, k and v share
-            y = checkpoint(self.correction, x, p, use_reentrant=False)
+            y = recompute(self.correction, x, p)  # q, k and v share the x that is kept
         else:
             y = self.correction(x, p)
-        # the frozen matmul comes last, and the backward pass needs nothing of it: a checkpoint
-        # around this, as in `MLP`, computes again all but that
+        # the frozen matmul comes last: its backward pass needs nothing that is computed here, so
+        # `recompute` around this, as in `MLP`, stops before it
         return y + super().forward(x)
 
     def correction(self, x, p):
@@ -103,7 +105,7 @@ def dropout(x, p):
         return F.dropout(x, p)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
-    dropped = round(p * 2**16)
+    dropped = round(p * 2**16)  # so many of the 2^16 values, the lowest ones
     kept = bits.ge_(dropped - 2**15).to(x)  # 0 or 1
     return (x * kept).mul_(2**16 / (2**16 - dropped))
 
@@ -128,7 +130,7 @@ def rope(config, T, device):
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling["factor"])
-    angles = torch.arange(T, device=device).float()[:, None] * frequency  # [T, d/2]
+    angles = torch.outer(torch.arange(T, device=device), frequency)  # [T, d/2]
     angles = angles.repeat(1, 2)  # [T, d]
     return angles.cos(), angles.sin()
 
@@ -183,7 +185,7 @@ class Attention(nn.Module):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
         # frozen weights may be bfloat16: cast x once, and not in each projection
         x = x.to(self.q_proj.weight.dtype)
-        heads = -1, self.head_dim
+        heads = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
         k = self.k_proj(x).unflatten(2, heads)  # [N, T, H_kv, d]
         v = self.v_proj(x).unflatten(2, heads)
@@ -203,8 +205,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = x.to(self.gate_proj.weight.dtype)
-        # only gate and up are kept: the rest is computed again in the backward pass
-        return checkpoint(self.down, self.gate_proj(x), self.up_proj(x), use_reentrant=False)
+        return recompute(self.down, self.gate_proj(x), self.up_proj(x))
 
     def down(self, gate, up):  # both [N, T, intermediate_size]
         return self.down_proj(F.silu(gate) * up)
@@ -221,8 +222,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, read=None, kv_only=False):
         """x [N, T, D] -> x after the block, and its keys and values [N, H_kv, T, d].
 
-        read      a function: read(own, q) takes the place of own, the causal attention. It, own and
-                  q are [N, H, T, d]
+        read      a function: read(own, q) takes the place of own, the causal attention. What it
+                  returns, own and q are [N, H, T, d]
         kv_only   only keys and values are wanted: x is returned as it is
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -244,7 +245,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.has_head = config, head
         self.path = None  # where the weights came from
-        self.lora = None  # rank, alpha, dropout and targets once `add_lora` has been here
+        self.lora = None  # once `add_lora` was here, its arguments under PEFT's names, in order
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -265,7 +266,7 @@ class Llama(nn.Module):
         tensors, stored_head = [], None
         for name, tensor in read_tensors(folder):
             if name == "lm_head.weight" and model.lm_head is None:
-                stored_head = tensor  # some files have the embedding again; a retriever needs none
+                stored_head = tensor  # not needed, but it must be the embedding again, see below
             elif not name.endswith("rotary_emb.inv_freq"):  # RoPE's, in old files
                 tensors.append((name, tensor))
         load_strictly(model, tensors, path, device, dtype)
@@ -286,18 +287,18 @@ class Llama(nn.Module):
         return self
 
     def forward(self, ids, mask=None):
-        """ids [N, T] int64 -> hidden states [N, T, D] after the final norm.
+        """ids [..., T] int64 -> hidden states [..., T, D] after the final norm.
 
         No mask is needed: padding is on the right, where causal attention sees none of it. If mask
-        [N, T], true at real tokens, is given, this is checked. What is at padding is of no use.
+        [..., T], true at real tokens, is given, this is checked. What is at padding is of no use.
         """
-        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+        if mask is not None and (mask[..., 1:] > mask[..., :-1]).any():
             raise ValueError("mask has padding before a real token; pad on the right")
-        cos, sin = rope(self.config, ids.shape[1], ids.device)
-        x = self.embed(ids)  # [N, T, D]
+        cos, sin = rope(self.config, ids.shape[-1], ids.device)
+        x = self.embed(ids.flatten(0, -2))  # [N, T, D]
         for block in self.layers:
             x, _, _ = block(x, cos, sin)
-        return self.norm(x)
+        return self.norm(x).unflatten(0, ids.shape[:-1])
 
     def embed(self, ids):
         """ids [N, T] -> the residual stream [N, T, D].
@@ -377,31 +378,29 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 
     This is the definition. Training runs `in_batch_attention_fast`; a test holds the two equal.
 
-    q        [B, H, T, d]      queries of the in-batch stream, after RoPE (a leading G is allowed)
-    k, v     [B, H_kv, T, d]   keys (after RoPE) and values of the context stream
-    weights  [B, B]            w_ij >= 0; the diagonal is ignored
-    mask     [B, T]            true at real tokens; every passage has at least one
-    returns  [B, H, T, d]
+    q        [..., B, H, T, d]      queries of the in-batch stream, after RoPE
+    k, v     [..., B, H_kv, T, d]   keys (after RoPE) and values of the context stream
+    weights  [..., B, B]            w_ij >= 0; the diagonal is ignored
+    mask     [..., B, T]            true at real tokens; every passage has at least one
+    returns  [..., B, H, T, d]
     """
-    if q.dim() == 4:
-        one = (x[None] for x in (q, k, v, weights, mask))
-        return in_batch_attention(*one, v_norm)[0]
-    H, d = q.shape[2], q.shape[4]
-    k = k.repeat_interleave(H // k.shape[2], dim=2)  # [G, B, H, T, d]
-    v = v.repeat_interleave(H // v.shape[2], dim=2)
-    scores = torch.einsum("gihtd,gjhud->gijhtu", q, k) / math.sqrt(d)  # [G, B, B, H, T, T]
-    padding = ~mask.bool()[:, None, :, None, None]  # [G, 1, B, 1, 1, T]
+    *_, H, _, d = q.shape
+    shared = H // k.shape[-3]  # query heads of a key/value head
+    k = k.repeat_interleave(shared, dim=-3)  # [..., B, H, T, d]
+    v = v.repeat_interleave(shared, dim=-3)
+    scores = torch.einsum("...ihtd,...jhud->...ijhtu", q, k) / math.sqrt(d)  # [..., B, B, H, T, T]
+    padding = ~mask.bool()[..., None, :, None, None, :]  # [..., 1, B, 1, 1, T]
     a = scores.masked_fill(padding, -torch.inf).softmax(-1)
-    C = torch.einsum("gijhtu,gjhud->gijhtd", a, v)  # [G, B, B, H, T, d]
+    C = torch.einsum("...ijhtu,...jhud->...ijhtd", a, v)  # [..., B, B, H, T, d]
     if v_norm:
-        lengths = torch.linalg.vector_norm(v, dim=-1)  # [G, B, H, T]
-        mean = torch.einsum("gijhtu,gjhu->gijht", a, lengths)
+        lengths = torch.linalg.vector_norm(v, dim=-1)  # [..., B, H, T]
+        mean = torch.einsum("...ijhtu,...jhu->...ijht", a, lengths)
         C = C / (mean[..., None] + 1e-6)
-    w = with_diagonal(weights, 0)[..., None, None, None]  # [G, B, B, 1, 1, 1]
-    return (w * C).sum(2).to(q.dtype)  # [G, B, H, T, d]
+    w = with_diagonal(weights, 0)[..., None, None, None]  # [..., B, B, 1, 1, 1]
+    return (w * C).sum(-4).to(q.dtype)  # [..., B, H, T, d]
 
 
-# `in_batch_attention_fast` is the same. First, V-norm is ordinary attention in disguise. Let
+# The function below computes the same, fast. First, V-norm is ordinary attention in disguise. Let
 # n_u = |v_ju| + 1e-6. The a_u sum to one, so the divisor of C_ij is sum_u a_u n_u, and
 #
 #     C_ij[t] = sum_u b_u (v_ju / n_u),   b_u = a_u n_u / sum_u a_u n_u
@@ -423,14 +422,15 @@ def in_batch_plan(weights, H, T, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
 
     weights [G, B, B] have a diagonal of zero. Passages of all groups are numbered from 0 to N-1,
     sorted by how many weights above `negligible` they have, and cut into parts of at most
-    `max_scores` attention scores, or of one passage. The first of a part needs the most, n. So all
-    of the part read n passages: those with their n largest weights.
+    `max_scores` attention scores, or of one passage. A part is as wide as its first passage needs:
+    all of it read n passages, those with their n largest weights.
     """
     B, max_pairs = weights.shape[-1], max_scores // (H * T * T)
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
     counts = (w > negligible).sum(1).clamp(min=1)  # [N]; a row of zeros reads something, too
     counts, rows = counts.sort(descending=True)  # rows: passages, those that read most come first
-    counts, plan, start = counts.tolist(), [], 0
+    counts = counts.tolist()
+    plan, start = [], 0
     while start < len(rows):
         n = counts[start]
         i = rows[start : start + max(1, max_pairs // n)]
@@ -449,16 +449,14 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
     they are far larger than what they are computed from.
     """
     G, B, _, T, d = q.shape
-    bias = mask[:, :, None].bool().log().to(v.dtype)  # [G, B, 1, T]: zero, at padding -inf
+    bias = mask[:, :, None].bool().log().to(v.dtype)  # [G, B, 1, T]: log 1 is 0, log 0 is -inf
     if v_norm:
         lengths = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]: n_u
         v = v / lengths[..., None]
         bias = bias + lengths.log()
     queries = q.reshape(G * B, k.shape[2], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
-    k = k.flatten(0, 1)  # [N, H_kv, T, d]
-    v = v.flatten(0, 1)
-    bias = bias.flatten(0, 1)  # [N, H_kv or 1, T]
-    weights = weights.flatten(0, 1)  # [N, B]
+    # [N, H_kv, T, d], twice; [N, H_kv or 1, T]; [N, B]
+    k, v, bias, weights = (x.flatten(0, 1) for x in (k, v, bias, weights))
 
     def passages(x, j):
         """x[j] as [b, H_kv, n, T, ...]."""
@@ -469,16 +467,15 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
         """What passages i [b] read of passages j [b, n]."""
         keys = passages(k, j).flatten(2, 3)  # [b, H_kv, n*T, d]
         scores = queries.index_select(0, i) @ keys.mT  # [b, H_kv, H/H_kv*T, n*T]
-        # [b, H_kv, H/H_kv*T, n, T] and [b, H_kv or 1, 1, n, T]
-        scores = scores.unflatten(-1, (-1, T)) + passages(bias, j)[:, :, None]
-        # over the tokens of each passage; with V-norm the b_u above: [b, H_kv, H/H_kv*T, n, T]
-        a = scores.softmax(-1)
+        scores = scores.unflatten(-1, (-1, T))  # [b, H_kv, H/H_kv*T, n, T]
+        scores = scores + passages(bias, j)[:, :, None]
+        a = scores.softmax(-1)  # over the tokens of each passage: a_u, or with V-norm b_u
         w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
         values = w[:, None, :, None, None] * passages(v, j)  # [b, H_kv, n, T, d]
         values = values.to(v.dtype).flatten(2, 3)
         return a.flatten(3) @ values  # over passages and tokens at once: [b, H_kv, H/H_kv*T, d]
 
-    parts = [checkpoint(attend, *p, use_reentrant=False, preserve_rng_state=False) for p in plan]
+    parts = [recompute(attend, i, j, preserve_rng_state=False) for i, j in plan]
     order = torch.cat([i for i, _ in plan]).argsort()  # back to that of the passages
     return torch.cat(parts).index_select(0, order).view_as(q)
 
@@ -487,11 +484,15 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. They are not to be trusted: what we do not
 # compute is refused by name, and no file can name one outside of its folder.
 
-# The tables below are {fields: what each of them may be}: values, or rules.
-SIZE = range(1, 10**7)  # an integer in this range
+# The tables below are {fields: what each of them may be}, which is a list of values and rules:
+#
+#     range(1, 9)    an integer in this range
+#     (0.5, 1e9)     a number from the first to below the second
+#     [SIZE, "a"]    a list, not empty, whose items each follow one of the rules in it
+#     dict           any object
+SIZE = range(1, 10**7)
 ID = range(-1, 10**9)
-NUMBER = (1e-29, 1e15)  # a number from the first to below the second
-# [rules]: a list, not empty, of items that each follow one of these rules. dict: any object
+NUMBER = (1e-29, 1e15)
 
 
 def fits(x, allowed):
@@ -517,10 +518,10 @@ IGNORED = """architectures auto_mapping base_model_name_or_path dtype inference_
 
 
 def check(where, raw, rules):
-    """Raise ValueError that names a field of `raw` whose value its rule does not allow.
+    """Return, in one line, the names of the fields of `raw` that are set and have no rule.
 
-    A key of `rules` may hold several names. Returns the names of the fields that are set and have
-    no rule, in one line.
+    A key of `rules` may hold several names. Raises ValueError that names a field whose value its
+    rule does not allow.
     """
     unknown = {name for name in raw if raw[name]} - set(IGNORED)
     for names, allowed in rules.items():
@@ -558,7 +559,7 @@ ROPE = {
     "rope_theta": [None, NUMBER],
     "partial_rotary_factor": [None, 1],
 }
-LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
 ADAPTER = {
     "peft_type": ["LORA"],
     "r": [SIZE],
@@ -574,7 +575,7 @@ ADAPTER = {
 
 def read_config(folder):
     """The fields of LlamaConfig in a config.json. Raises ValueError that names a bad one."""
-    for place in (folder, folder / "retriever"):  # --model is often given these
+    for place in (folder, folder / "retriever"):  # what training wrote is often given as --model
         if (place / "adapter_config.json").exists():
             raise ValueError(f"{folder} is no model: use --adapter {place}, its base as --model")
     if (folder / "retriever").exists():
@@ -600,13 +601,13 @@ def read_rope(file, raw):
     """rope_theta and rope_scaling of a config.json, as transformers 4 or 5 writes them."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     llama3 = (rope.get("rope_type") or rope.get("type")) == "llama3"
-    rules = ROPE | {" ".join(LLAMA3): [NUMBER if llama3 else None]}
+    rules = ROPE | {LLAMA3: [NUMBER if llama3 else None]}
     if unknown := check(f"{file}: RoPE", rope, rules):
         raise ValueError(f"{file}: RoPE's {unknown} is not supported")
     theta = rope.get("rope_theta") or raw.get("rope_theta")
     scaling = None
     if llama3:
-        scaling = {"rope_type": "llama3"} | {name: rope[name] for name in LLAMA3}
+        scaling = {"rope_type": "llama3"} | {name: rope[name] for name in LLAMA3.split()}
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -619,7 +620,7 @@ def read_tensors(folder):
 
 
 def load_strictly(model, tensors, source, device, dtype):
-    """Give the parameters of `model` that are on the meta device their tensors.
+    """Fill the parameters of `model` that are still on the meta device.
 
     `tensors`: pairs of name and tensor. They become `dtype` on `device`. A name may begin as in
     peft or in a model with a head, and may hold an adapter's name (".default"). Raises ValueError
@@ -669,9 +670,10 @@ def load_adapter(llama, folder):
 
 def save_adapter(llama, folder):
     """Write the LoRA matrices as a PEFT folder, for the bare decoder or, with a head, the LM."""
-    prefix, task = "base_model.model.", "FEATURE_EXTRACTION"
     if llama.has_head:
         prefix, task = "base_model.model.model.", "CAUSAL_LM"
+    else:
+        prefix, task = "base_model.model.", "FEATURE_EXTRACTION"
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path}
     config |= {"bias": "none", **llama.lora}
     tensors = {prefix + name: t for name, t in llama.state_dict().items() if ".lora_" in name}
@@ -680,9 +682,10 @@ def save_adapter(llama, folder):
 
 def save_model(llama, folder):
     """Write all weights as a Hugging Face checkpoint: a causal LM, or the bare decoder."""
-    prefix, kind = "", "Model"
     if llama.has_head:
         prefix, kind = "model.", "ForCausalLM"
+    else:
+        prefix, kind = "", "Model"
     name = llama.config.model_type.capitalize() + kind
     dtype = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {"architectures": [name], "torch_dtype": dtype, "hidden_act": "silu"}

@@ -34,7 +34,6 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
@@ -56,6 +55,7 @@ from model import (
     in_batch_attention_fast,
     in_batch_plan,
     load_adapter,
+    recompute,
     rope,
     with_diagonal,
 )  # fmt: skip
@@ -75,7 +75,7 @@ class Retriever(nn.Module):
         # 0 and 1, which change nothing, until `standardise` or `load_pooling`
         zero = torch.zeros(llama.config.hidden_size, device=llama.embed_tokens.weight.device)
         self.register_buffer("mean", zero)
-        self.register_buffer("std", zero + 1)
+        self.register_buffer("std", torch.ones_like(zero))
 
     @classmethod
     def from_pretrained(cls, base, adapter=None, dtype=torch.float32, device="cpu"):
@@ -89,19 +89,19 @@ class Retriever(nn.Module):
         has_tokenizer = (model_folder(base) / "tokenizer.json").exists()
         folder = model_folder(adapter or base)
         pooling = "mean" if (folder / POOLING).exists() else "eos"
-        check_pooling(folder / "1_Pooling/config.json", pooling)
+        check_pooling(folder / "1_Pooling/config.json", pooling)  # what others wrote must agree
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
         load_pooling(retriever, folder)
         return retriever
 
     def forward(self, ids, mask):
         """ids, mask [..., T], right padded, EOS last -> unit vectors [..., D] float32."""
-        x = self.pool(ids.flatten(0, -2), mask.flatten(0, -2))  # [N, D]
-        x = F.normalize((x - self.mean) / self.std, dim=-1)
-        return x.unflatten(0, ids.shape[:-1])
+        x = (self.pool(ids, mask) - self.mean) / self.std  # [N, D]
+        return F.normalize(x, dim=-1).unflatten(0, ids.shape[:-1])
 
     def pool(self, ids, mask):
-        """ids, mask [N, T] -> one vector of each text [N, D] float32, before standardisation."""
+        """ids, mask [..., T] of N texts -> [N, D] float32: their vectors before standardisation."""
+        ids, mask = ids.flatten(0, -2), mask.flatten(0, -2)  # [N, T]
         hidden = self.llama(ids)  # [N, T, D]; no token sees the padding to its right
         n = mask.sum(-1) - 1  # [N]: tokens before the EOS, which is at position n
         if self.pooling == "eos":
@@ -113,11 +113,8 @@ class Retriever(nn.Module):
     @torch.no_grad()
     def standardise(self, batches):
         """Let `mean` and `std` be those of the passages of `batches`."""
-        x = []
-        for batch in batches:
-            ids, mask = batch["passage_ids"], batch["passage_mask"]  # [G, B, T]
-            x.append(self.pool(ids.flatten(0, 1), mask.flatten(0, 1)))  # [N, D]
-        x = torch.cat(x)
+        x = [self.pool(batch["passage_ids"], batch["passage_mask"]) for batch in batches]
+        x = torch.cat(x)  # [N, D]
         self.mean.copy_(x.mean(0))
         self.std.copy_(x.std(0).clamp(min=1e-6))  # above 0, should all passages be the same
 
@@ -136,14 +133,14 @@ class Revela(nn.Module):
     attn_temperature   tau; 1e-4 in the published recipe: only passages whose similarity is within
                        about 1e-3 of the best one's get a weight
     dual_loss          add the context stream's own next-token loss
-    v_norm, form       how passages read each other: v_norm, scale, convex, start of `two_streams`
+    v_norm, **form     how passages read each other: arguments of `two_streams`
     """
 
     def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, *, dual_loss=False,
                  **form):  # fmt: skip
         super().__init__()
         self.retriever, self.lm = retriever, lm
-        self.llamas = {"retriever": retriever.llama, "lm": lm}  # by the folders they are saved in
+        self.llamas = {"retriever": retriever.llama, "lm": lm}  # keys: folders they are saved in
         self.form = {"v_norm": v_norm} | form
         self.attn_temperature, self.dual_loss = attn_temperature, dual_loss
         self.stats = {}  # of the last forward; tensors without gradient
@@ -155,7 +152,7 @@ class Revela(nn.Module):
         loss = self.loss_in_batch(batch, w)
         self.stats = observe(loss, w, p)
         if self.dual_loss:
-            # once more: `two_streams` skips the context stream's last output, which this needs
+            # once more: in the last block `two_streams` does not compute the context stream's x
             context_loss = self.loss_alone(batch)
             self.stats["context_loss"] = context_loss.detach()
             loss = loss + context_loss
@@ -168,13 +165,11 @@ class Revela(nn.Module):
 
     def loss_alone(self, batch):
         """The next-token loss of passages alone: that of the context stream."""
-        ids = batch["lm_ids"]
-        hidden = self.lm(ids.flatten(0, 1))  # [N, T, D]
-        hidden = hidden.unflatten(0, ids.shape[:2])  # [G, B, T, D]
-        return self.cross_entropy(hidden, batch)
+        return self.cross_entropy(self.lm(batch["lm_ids"]), batch)
 
     def embed(self, batch):
         """The queries and passages of a batch, q and p [G, B, D]."""
+        # p first: in this order dropout draws its numbers
         p = self.retriever(batch["passage_ids"], batch["passage_mask"])
         q = self.retriever(batch["query_ids"], batch["query_mask"])
         return q, p
@@ -190,7 +185,7 @@ class Revela(nn.Module):
         Returns {name: scalar tensor}, and the weights [G, B, B].
         """
         w = self.weights(batch)
-        uniform = torch.full_like(w, 1 / (w.shape[-1] - 1))  # the diagonal's are ignored
+        uniform = torch.full_like(w, 1 / (w.shape[-1] - 1))  # `two_streams` ignores the diagonal
         losses = {
             "retriever": self.loss_in_batch(batch, w),
             "uniform": self.loss_in_batch(batch, uniform),
@@ -201,8 +196,8 @@ class Revela(nn.Module):
     def is_target(self, batch):
         """[G, B, T-1] bool: whether the next token is real.
 
-        As published, a pad token (where there is none, the EOS) does not count, even where the text
-        itself holds it.
+        As published, the pad token does not count, even where a text holds it. It is the EOS where
+        the model names none.
         """
         config = self.lm.config
         pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
@@ -219,10 +214,10 @@ class Revela(nn.Module):
         All logits would be large (16 x 157 x 128k floats: 1.3 GB). So at most `max_logits` exist at
         once, and the backward pass computes them again.
         """
-        at = self.is_target(batch).flatten().nonzero()[:, 0]  # [M]
-        # index_select, since the backward pass of hidden[at] is slow
-        hidden = hidden[..., :-1, :].flatten(0, 2).index_select(0, at)  # [M, D]
-        ids = batch["lm_ids"][..., 1:].flatten()[at]  # [M]
+        targets = self.is_target(batch).flatten().nonzero()[:, 0]  # [M]: where they are
+        # index_select, since the backward pass of hidden[targets] is slow
+        hidden = hidden[..., :-1, :].flatten(0, 2).index_select(0, targets)  # [M, D]
+        ids = batch["lm_ids"][..., 1:].flatten()[targets]  # [M]
 
         def summed(hidden, ids):
             logits = self.lm.logits(hidden).float()
@@ -231,7 +226,7 @@ class Revela(nn.Module):
         size = max(1, max_logits // self.lm.config.vocab_size)
         total = 0
         for part in zip(hidden.split(size), ids.split(size)):
-            total = total + checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False)
+            total = total + recompute(summed, *part, preserve_rng_state=False)
         return total / max(len(ids), 1)
 
 
@@ -263,16 +258,15 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     """
     G, B, T = ids.shape
     cos, sin = rope(lm.config, T, ids.device)
-    weights = with_diagonal(weights, 0)  # as the plan below needs it; uniform ones lack it
-    # for speed: who reads whom, the same in every block. It leaves out weights up to 1e-8
+    weights = with_diagonal(weights, 0)
+    # for speed: who reads whom, without weights up to 1e-8. In every block it is the same
     plan = in_batch_plan(weights, lm.config.num_attention_heads, T)
 
     @torch.compiler.disable  # each form of the plan would be compiled anew
     def add_others(own, q, k, v):
-        """own and what the passages read from each other, as one sum [N, H, T, d].
+        """own (causal attention) plus what the passages read from each other [N, H, T, d].
 
-        own (causal attention) and q are the in-batch stream's; k and v [N, H_kv, T, d] are the
-        context stream's.
+        own and q are the in-batch stream's, k and v [N, H_kv, T, d] the context stream's.
         """
         q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [G, B, H or H_kv, T, d]
         others = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
@@ -282,10 +276,10 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
 
     x = lm.embed(ids.flatten(0, 1))  # [N, T, D]
     first = int(start * len(lm.layers))
-    for block in lm.layers[:first]:  # both streams are the same numbers
+    for block in lm.layers[:first]:  # the streams are still the same: run once
         x, _, _ = block(x, cos, sin)
     context = stream = x
-    # a block returns x, its keys (after RoPE), its values; `read` adds to what its attention gives
+    # a block goes on with what read(own, q) returns, and returns x, keys (after RoPE) and values
     for block in lm.layers[first:]:
         last = block is lm.layers[-1]  # of its context stream only keys and values are needed
         context, k, v = block(context, cos, sin, kv_only=last)
@@ -293,10 +287,10 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     return lm.norm(stream).unflatten(0, (G, B))
 
 
+@torch.no_grad()
 def observe(loss, w, p):
     """Statistics for the log: of the loss, the weights w and the passages' vectors p."""
-    w = w.detach()
-    mean = p.detach().flatten(0, 1).mean(0)  # [D]
+    mean = p.flatten(0, 1).mean(0)  # [D]
     # 0 if all vectors are equal (collapse), 1 if their mean is zero
     spread = 1 - mean.square().sum()
     return {
@@ -322,20 +316,23 @@ class Tokenizer:
         config = read_json(folder / "config.json")
         check(f"{folder}:", config, {"vocab_size": [SIZE]})  # a positive integer
         self.vocab_size = config["vocab_size"]
-        eos = config.get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) and eos else eos
+        eos_id = config.get("eos_token_id")
+        if isinstance(eos_id, list) and eos_id:
+            eos_id = eos_id[0]
         file = folder / "tokenizer_config.json"
-        token = read_json(file).get("eos_token") if file.exists() else None
-        token = token.get("content") if isinstance(token, dict) else token
-        with blame(self.file, f"is not a tokenizer, or not one for eos_token {token!r:.80}"):
+        eos = read_json(file).get("eos_token") if file.exists() else None
+        if isinstance(eos, dict):
+            eos = eos.get("content")
+        with blame(self.file, f"is not a tokenizer, or not one for eos_token {eos!r:.80}"):
             self.tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
-            self.eos_id = self.tokenizer.token_to_id(token) if token else eos
+            self.eos_id = self.tokenizer.token_to_id(eos) if eos else eos_id
             # what it adds before a text, perhaps a BOS; what it adds at the end is left out
             whole = self.tokenizer.encode("a")
-            self.bos_ids = whole.ids[: whole.special_tokens_mask.index(0)]
-        if type(self.eos_id) is not int or not 0 <= self.eos_id < self.vocab_size:
+            first = whole.special_tokens_mask.index(0)  # of the text's tokens
+            self.bos_ids = whole.ids[:first]
+        if type(self.eos_id) is not int or self.eos_id not in range(self.vocab_size):
             need = "tokenizer_config.json needs an eos_token that is in the vocabulary"
             raise ValueError(f"{folder}: no EOS token: {need}")
 
@@ -357,13 +354,11 @@ class Tokenizer:
     def retriever_ids(self, texts, kind, max_len, ratio=1.0):
         """Token ids of `texts` as the retriever reads them: prefix, text, EOS; at most `max_len`.
 
-        `ratio` < 1 keeps the first int(n * ratio) of the n tokens before the EOS; BOS and prefix
-        count.
+        Of the n tokens before the EOS, BOS and prefix counted, the first int(n * ratio) are kept.
         """
         texts = [PREFIX[kind] + text for text in texts]
         rows = self.token_ids(texts, max_len - 1)
-        rows = [row[: int(len(row) * ratio)] for row in rows]
-        return [row + [self.eos_id] for row in rows]
+        return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
 
 
 def pad(rows, value):
@@ -371,11 +366,10 @@ def pad(rows, value):
 
     T is the longest length, rounded up to a multiple of 8, with which matmuls are fastest.
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    T = (int(lengths.max()) + 7) // 8 * 8
-    mask = torch.arange(T) < lengths[:, None]  # [N, T]
-    ids = torch.full(mask.shape, value, dtype=torch.int64)
-    ids[mask] = torch.tensor([token for row in rows for token in row])
+    lengths = [len(row) for row in rows]
+    T = (max(lengths) + 7) // 8 * 8
+    ids = torch.tensor([row + [value] * (T - len(row)) for row in rows])
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     return ids, mask
 
 
@@ -383,22 +377,25 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
     """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
 
     first_half   the query of a passage is the first half of its tokens, prefix counted: so w_i
-                 knows nothing of the second half that it helps to predict. As published, groups
-                 with src "stackoverflow" keep the whole passage: a question and its answers
+                 knows nothing of the second half that it helps to predict. As published, not in
+                 groups with src "stackoverflow", whose passages are questions with answers
     apart        the query is the first half of the words, and the passage is the rest
     """
     rows = {"query": [], "passage": [], "lm": []}
     for texts, src in groups:
-        queries, passages = zip(*map(halves, texts)) if apart else (texts, texts)
-        ratio = 0.5 if first_half and not apart and src != "stackoverflow" else 1.0
+        queries = passages = texts
+        ratio = 0.5 if first_half and src != "stackoverflow" else 1.0
+        if apart:
+            queries, passages = zip(*map(halves, texts))
+            ratio = 1.0
         rows["query"] += tokenizer.retriever_ids(queries, "query", passage_max_len, ratio)
         rows["passage"] += tokenizer.retriever_ids(passages, "passage", passage_max_len)
         rows["lm"] += lm_tokenizer.token_ids(texts, passage_max_len)
     rows["lm"] = [row or [lm_tokenizer.eos_id] for row in rows["lm"]]  # some texts have no tokens
     batch = {}
     for name in rows:
-        eos_id = (lm_tokenizer if name == "lm" else tokenizer).eos_id
-        ids, mask = pad(rows[name], eos_id)  # [N, T]
+        padding = lm_tokenizer if name == "lm" else tokenizer
+        ids, mask = pad(rows[name], padding.eos_id)  # [N, T]
         batch[f"{name}_ids"] = ids.unflatten(0, (len(groups), -1))  # [G, B, T]
         batch[f"{name}_mask"] = mask.unflatten(0, (len(groups), -1))
     return batch
@@ -438,7 +435,8 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
         must_be_new(out)
         mapped = np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape)
         vectors = torch.from_numpy(mapped)
-    low = weight.dtype.itemsize < 4  # weights in bfloat16: compute by autocast, see `Llama.embed`
+    # weights in bfloat16: by autocast, under which the residual stream stays float32
+    low = weight.dtype.itemsize < 4
     precision = torch.autocast(device.type, weight.dtype, enabled=low)
     bar = tqdm(total=len(texts), desc=f"{kind} texts", disable=not progress)
     was_training = retriever.training
@@ -490,7 +488,7 @@ def load_pooling(retriever, folder):
 
     given = read_safetensors(file)
     fit = given.keys() == {"mean", "std"} and all(map(good, given.values()))
-    if not fit or given["std"].float().min() < 1e-30:  # so small, 1 / std may overflow
+    if not fit or given["std"].float().min() < 1e-30:  # of less, 1 / std may overflow
         need = f"floats mean and std [{len(retriever.mean)}] and nothing else, finite, std above 0"
         raise ValueError(f"{file}: need {need}")
     retriever.mean.copy_(given["mean"])
@@ -508,15 +506,15 @@ def save_pooling(retriever, folder):
 def check_pooling(file, pooling):
     """Raise ValueError if sentence-transformers' `file` asks for another pooling than ours."""
     config = read_json(file) if file.exists() else {}
-    modes = []  # {"pooling_mode_lasttoken": true} in old files, {"pooling_mode": "lasttoken"} now
+    asked = []  # {"pooling_mode_lasttoken": true} in old files, {"pooling_mode": "lasttoken"} now
     for name, value in config.items():
         if name.startswith("pooling_mode") and value:
-            modes.append(value if name == "pooling_mode" else name)
-    same = ["lasttoken", "pooling_mode_lasttoken"]
+            asked.append(value if name == "pooling_mode" else name)
+    ours = ["lasttoken", "pooling_mode_lasttoken"]
     if pooling == "mean":
-        same = ["mean", "pooling_mode_mean_tokens"]
-    if not all(mode in same for mode in modes):
-        raise ValueError(f"{file}: {modes!r:.80}; need lasttoken, or mean with our {POOLING}")
+        ours = ["mean", "pooling_mode_mean_tokens"]
+    if not all(mode in ours for mode in asked):
+        raise ValueError(f"{file}: {asked!r:.80}; need lasttoken, or mean with our {POOLING}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -573,16 +571,13 @@ class Replug(Revela):
 
     def forward(self, batch):
         q, p = self.embed(batch)
-        likelihoods = self.likelihoods(batch)  # [G, B, B]
-        others = ~torch.eye(p.shape[1], dtype=torch.bool, device=p.device)
-
-        def log_softmax_others(x):  # [G, B, B] -> [G, B, B-1]; -inf on a diagonal would become NaN
-            return x[:, others].unflatten(1, (len(others), -1)).log_softmax(-1)
-
-        log_R = log_softmax_others(similarities(q, p) / self.attn_temperature)
-        log_L = log_softmax_others(likelihoods / self.lm_temperature)
+        R = similarities(q, p) / self.attn_temperature  # [G, B, B]
+        L = self.likelihoods(batch) / self.lm_temperature
+        log_R, log_L = (with_diagonal(x, -torch.inf).log_softmax(-1) for x in (R, L))
         log_a, log_b = (log_R, log_L) if self.reverse_kl else (log_L, log_R)
-        loss = (log_a.exp() * (log_a - log_b)).sum(-1).mean()  # KL(a || b)
+        # the diagonal's -inf minus -inf would be NaN
+        terms = log_a.exp() * with_diagonal(log_a - log_b, 0)
+        loss = terms.sum(-1).mean()  # KL(a || b)
         self.stats = observe(loss, log_R.exp(), p)
         return loss
 

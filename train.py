@@ -8,7 +8,8 @@
 An update takes `gradient_accumulation_steps` micro-batches on each process, of
 `groups_per_device` groups of `train_group_size` passages. Passages see each other within their
 group alone: more accumulation or more processes mean more groups in an update, not larger ones. The
-loss of an update is the mean over all of its tokens, however they are spread.
+loss of an update is the mean over all of its tokens, however they are spread. What is "collective"
+below must be called by all processes.
 
 A run folder (--out) holds config.json (all arguments), metrics.jsonl, checkpoints/, and at the end
 retriever/ and lm/: PEFT adapters, or whole checkpoints after full training (--lora_r 0). The toy
@@ -17,7 +18,6 @@ world is in its world/.
 
 import json
 import math
-import os
 import platform
 import resource
 import shutil
@@ -37,8 +37,6 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -49,7 +47,6 @@ from torch.distributed.fsdp import (
 )  # fmt: skip
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from data import (
     Groups,
@@ -57,20 +54,31 @@ from data import (
     blame,
     command,
     flags_given,
-    fsync,
     group_order,
     model_folder,
     read_collections,
     read_json,
     read_safetensors,
+    replacing,
     say,
     setup,
     write,
     write_json,
+    write_lines,
+    write_safetensors,
     write_toy_world,
 )  # fmt: skip
 from eval import dense_run, measure, show
-from model import LORA_TARGETS, Llama, LlamaConfig, add_lora, load_adapter, save_adapter, save_model
+from model import (
+    LORA_TARGETS,
+    Llama,
+    LlamaConfig,
+    add_lora,
+    load_adapter,
+    recompute,
+    save_adapter,
+    save_model,
+)  # fmt: skip
 from revela import (
     Contrastive,
     Control,
@@ -85,7 +93,7 @@ from revela import (
 
 # --------------------------------------------------------------------------------------------------
 # arguments: {flag: (default, help, least, below)}, as `data.flags_given` reads them. Of choices the
-# default is the first
+# default is the first (but `parse_args` chooses the recipe)
 
 DESCRIPTION = """Train a retriever by language modelling. The defaults below are those of --recipe
 published; the recipes toy and small replace some."""
@@ -193,7 +201,7 @@ def parse_args(argv=None):
     if args.inbatch_form == "convex" and args.inbatch_scale > 1:
         raise ValueError("--inbatch_form convex needs an --inbatch_scale of at most 1")
     args.lm = args.lm or args.model
-    args.no_inbatch |= args.inbatch_scale == 0
+    args.no_inbatch |= args.inbatch_scale == 0  # is the control, too
     if args.objective != "revela":
         if args.no_inbatch or args.strategy == "fsdp":
             raise ValueError("--objective replug, contrastive: without --no_inbatch, and with ddp")
@@ -223,18 +231,19 @@ def filled(llama, tensors, head):
 
 def build_models(args, dtype, device):
     """The Llamas of retriever and language model. Trainable weights are float32."""
-    dtype = dtype if args.lora_r else torch.float32
+    if not args.lora_r:
+        dtype = torch.float32  # all weights are trained
     lm = Llama.from_pretrained(args.lm, dtype, device)
     if args.lm == args.model and args.lora_r:  # the frozen weights exist once
         base = filled(lm, lm.state_dict(), head=False)
     else:
         base = Llama.from_pretrained(args.model, dtype, device, head=False)
-    options = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules.split(",")
+    targets = args.lora_target_modules.split(",")
     for llama, adapter in ((base, args.retriever_adapter), (lm, args.lm_adapter)):
         if adapter:
             load_adapter(llama, adapter)
-        elif args.lora_r and not (llama is lm and args.freeze_lm):
-            add_lora(llama, *options)
+        elif args.lora_r and not (llama is lm and args.freeze_lm):  # which needs none
+            add_lora(llama, args.lora_r, args.lora_alpha, args.lora_dropout, targets)
     if args.freeze_lm:
         lm.requires_grad_(False)
     if args.no_inbatch:
@@ -244,20 +253,21 @@ def build_models(args, dtype, device):
 
 def build_objective(args, retriever, lm):
     """The module whose forward is the loss of a batch."""
-    method = {
-        "attn_temperature": args.attn_temperature,
-        "dual_loss": args.dual_loss,
-        "v_norm": args.v_norm,
-        "scale": args.inbatch_scale,
-        "convex": args.inbatch_form == "convex",
-        "start": args.inbatch_start,
+    objectives = {
+        "revela": Control if args.no_inbatch else Revela,
+        "replug": partial(Replug, lm_temperature=args.lm_temperature, reverse_kl=args.reverse_kl),
+        "contrastive": Contrastive,
     }
-    objective = {"revela": Revela, "replug": Replug, "contrastive": Contrastive}[args.objective]
-    if args.no_inbatch:
-        objective = Control
-    if objective is Replug:
-        method |= {"lm_temperature": args.lm_temperature, "reverse_kl": args.reverse_kl}
-    return objective(retriever, lm, **method)
+    return objectives[args.objective](
+        retriever,
+        lm,
+        args.attn_temperature,
+        args.v_norm,
+        dual_loss=args.dual_loss,
+        scale=args.inbatch_scale,
+        convex=args.inbatch_form == "convex",
+        start=args.inbatch_start,
+    )
 
 
 def wrap_blocks(llama, args):
@@ -267,8 +277,8 @@ def wrap_blocks(llama, args):
     for block in llama.layers:
         if args.compile:
             block.forward = torch.compile(block.forward)
-        if args.activation_checkpointing == "full":  # around what is compiled
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if args.activation_checkpointing == "full":  # second, since it goes around what is compiled
+            block.forward = partial(recompute, block.forward)
 
 
 def shard(revela, device, dtype):
@@ -277,12 +287,11 @@ def shard(revela, device, dtype):
     What is used outside of blocks (embeddings, heads, final norms) is one unit more. A block of the
     language model is gathered for each of its two streams.
     """
-    # a block's keys and values are views, which nobody writes to
+    # it warns that blocks return views, keys and values, for the case that someone writes to them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    low = torch.bfloat16 if dtype == torch.bfloat16 else None
     # gradients are reduced in float32
-    policy = MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for llama in revela.llamas.values():
         for block in llama.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -311,9 +320,9 @@ def unsharded(llama, device):
 
 
 def unsharded_retriever(retriever, device):
-    """A copy of `retriever` that is not sharded and does not train. Collective.
+    """A Retriever in eval mode, whole on this process. Collective.
 
-    It shares `mean` and `std`; unless sharded, the decoder, too: call `revela.train()` afterwards.
+    If `retriever` is not sharded, it has the same decoder: so call `revela.train()` afterwards.
     """
     copy = Retriever(unsharded(retriever.llama, device), retriever.tokenizer, retriever.pooling)
     copy.mean, copy.std = retriever.mean, retriever.std
@@ -357,7 +366,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     stats = Counter(tokens=sum(revela.is_target(batch).sum() for batch in micro_batches))
     for i, batch in enumerate(micro_batches):
         share = counts[i] / total
-        # DDP reads this: it reduces gradients once per update. FSDP does it each time, into parts
+        # for DDP, which then reduces gradients once an update. FSDP does it each time, into parts
         model.require_backward_grad_sync = i == len(micro_batches) - 1
         torch.manual_seed(seeds[i])
         with autocast():
@@ -372,7 +381,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
         norms.append(full_tensor(torch.nn.utils.get_total_norm(gradients).to(device)))
         stats[f"grad_norm_{name}"] = norms[-1]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    if not norm.isfinite():  # then on all processes: their gradients have met
+    if not norm.isfinite():  # nor is it on the others, whose gradients were added
         what = f"loss {stats['loss'].item()}, norm of gradients {norm.item()}: nothing was updated"
         raise ValueError(f"{what}. Start anew with a smaller --learning_rate or --dtype float32")
     if max_grad_norm:
@@ -385,12 +394,12 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
-# Arguments that may differ at --resume: those that change nothing but rounding (and some of
-# them the numbers behind dropout); and those that are names, since `identify` compares what they
-# stand for: a recipe's values, the content of --data, the models' configurations and weights.
-MAY_CHANGE = """recipe data model lm retriever_adapter lm_adapter out resume device strategy compile
-groups_per_device gradient_accumulation_steps activation_checkpointing num_workers logging_steps
-eval_every eval_data save_steps""".split()
+# Arguments that may differ at --resume. The first line is of names: `identify` compares what they
+# stand for. The others change nothing but rounding, and some the random numbers of dropout.
+MAY_CHANGE = """recipe data model lm retriever_adapter lm_adapter
+out resume device strategy compile groups_per_device gradient_accumulation_steps
+activation_checkpointing num_workers logging_steps eval_every eval_data save_steps""".split()
+# whole tensors, not this process's parts
 DCP_OPTIONS = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
 
 
@@ -406,11 +415,12 @@ def save_models(revela, folder, args, rank):
         llama = unsharded(llama, "meta" if rank else "cpu")
         if rank:
             continue
-        save = save_adapter if llama.lora else save_model
-        save(llama, folder / name)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            if not llama.lora and (model_folder(llama.path) / file).exists():
-                shutil.copyfile(model_folder(llama.path) / file, folder / name / file)
+        if llama.lora:
+            save_adapter(llama, folder / name)
+            continue
+        save_model(llama, folder / name)
+        for file in model_folder(llama.path).glob("tokenizer*.json"):
+            shutil.copyfile(file, folder / name / file.name)
     if rank == 0:
         save_pooling(revela.retriever, folder / "retriever")
 
@@ -421,26 +431,24 @@ def save_checkpoint(folder, step, revela, optimizer, identity, rank):
     It appears whole or not at all, and only then does `folder`/latest name it. Order of the data
     and dropout follow from seed and step: there is nothing else to keep.
     """
-    final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    options = dcp.StateDictOptions(cpu_offload=True, **DCP_OPTIONS)  # all of it, for rank 0 alone
+    final = folder / f"step_{step:06d}"
+    options = dcp.StateDictOptions(cpu_offload=True, **DCP_OPTIONS)  # so rank 0 alone gets them
     weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
     if rank:
         return
-    moments = {f"{n}.{key}": t for n, part in optim["state"].items() for key, t in part.items()}
+    state = dict(weights)
+    for name, moments in optim["state"].items():
+        state |= {f"{name}.{key}": tensor for key, tensor in moments.items()}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(weights | moments, partial / "state.safetensors")
-        (partial / "meta.json").write_text(json.dumps({"step": step} | identity, indent=1) + "\n")
-        for path in [*partial.iterdir(), partial]:
-            fsync(path)
-        if final.exists():  # from a run that was killed before `latest` named it
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        fsync(folder)
+        with replacing(final) as partial:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            write_safetensors(partial / "state.safetensors", state)
+            write_json(partial / "meta.json", {"step": step} | identity)
+            if final.exists():  # of one that was killed before `latest` named it
+                shutil.rmtree(final)
         write(folder / "latest", final.name + "\n")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(f"{final}.partial", ignore_errors=True)
         raise OSError(f"{final} could not be written ({error}); the one before is intact") from None
 
 
@@ -470,20 +478,21 @@ def restore(folder, revela, optimizer, identity):
         return 0
     start = folder / Path((folder / "latest").read_text().strip()).name  # never outside of `folder`
     before, saved = read_json(start / "meta.json"), read_safetensors(start / "state.safetensors")
-    for name, value in json.loads(json.dumps(identity)).items():  # with tuples as JSON has them
+    for name, value in json.loads(json.dumps(identity)).items():  # as JSON: tuples become lists
         if before.get(name) != value:
             was, now = f"{before.get(name)!r:.200}", f"{value!r:.200}"
             raise ValueError(f"cannot resume {start}: {name} was {was} there, now it is {now}")
-    # for their names; this also gives a new AdamW its moments, zeros
+    # called for the names, and to give a new AdamW its moments, zeros
     options = dcp.StateDictOptions(ignore_frozen_params=True)
     weights, optim = dcp.get_state_dict(revela, optimizer, options=options)
     with blame(start / "state.safetensors", "lacks something of this run"):
         weights = {name: saved[name] for name in weights}
-        for name, part in optim["state"].items():
-            optim["state"][name] = {key: saved[f"{name}.{key}"] for key in part}
+        for name, moments in optim["state"].items():
+            optim["state"][name] = {key: saved[f"{name}.{key}"] for key in moments}
     options = dcp.StateDictOptions(**DCP_OPTIONS)
-    states = {"model_state_dict": weights, "optim_state_dict": optim}
-    dcp.set_state_dict(revela, optimizer, **states, options=options)
+    dcp.set_state_dict(
+        revela, optimizer, model_state_dict=weights, optim_state_dict=optim, options=options
+    )
     return before["step"]
 
 
@@ -494,8 +503,7 @@ def restore(folder, revela, optimizer, identity):
 def peak_memory(device):
     """The most memory held so far, in GB: of the GPU, else of RAM.
 
-    RAM is this process's, or on Linux what its parent held when it started this one, if that is
-    more.
+    On Linux the parent's memory, as it was at the start of this process, counts if it is more.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -509,19 +517,22 @@ LINE = """{step:6}/{total}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm_retrie
 
 
 class Log:
-    """metrics.jsonl, and lines on the screen: means over the updates since the last line."""
+    """metrics.jsonl, and lines on the screen: means over the updates since the last line.
+
+    sums   of the statistics of these updates, of their `seconds` and `updates`, their number
+    """
 
     def __init__(self, file, first_step, device, rank):
         self.file, self.device, self.rank = file, device, rank
-        self.since, self.sums, self.seconds = first_step, Counter(), 0.0
-        lines = file.read_text().splitlines(keepends=True) if first_step else []
+        self.sums = Counter()
+        lines = file.read_text("utf-8").splitlines(keepends=True) if first_step else []
         # what comes after the checkpoint is dropped, and half a line of a killed run
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         rows = [row for row in rows if row["step"] <= first_step]
         # whether the evaluation after `first_step` is there: the run may have been killed before it
         self.evaluated = any(row["step"] == first_step and "loss" not in row for row in rows)
         if rank == 0:
-            write(file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_lines(file, rows)
 
     def record(self, values):
         """Append a line to metrics.jsonl, by the first process."""
@@ -538,24 +549,19 @@ class Log:
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in row[key].items())
                 say(f"step {step}: {what} {shown}")
 
-    def add(self, stats, seconds):
-        """Take in the statistics of an update."""
-        self.seconds += seconds
-        self.sums.update(stats)  # adds
-
     def line(self, step, total, lr):
         """Record and print the means."""
-        updates = step - self.since
-        seconds = self.seconds / updates  # of an update
+        updates = self.sums.pop("updates")
         values = {"step": step, "lr": lr}
         values |= {name: float(value) / updates for name, value in self.sums.items()}
+        seconds = values.pop("seconds")  # of an update
         values["tokens_per_s"] = values.pop("tokens") / seconds
         values["memory_gb"] = peak_memory(self.device)
         values["eta_s"] = seconds * (total - step)
         self.record(values)
-        # the control has neither weights nor spread: 0 is shown
+        # a Counter: what the control lacks is 0
         say(LINE.format_map(Counter(values, total=total, minutes=values["eta_s"] / 60)))
-        self.since, self.sums, self.seconds = step, Counter(), 0.0
+        self.sums = Counter()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -612,16 +618,16 @@ def made_by():
 def make_world(folder, args, rank):
     """Set args.model, .lm, .data, .eval_data to the toy world in `folder`; make it if need be."""
     if rank == 0 and not folder.exists():
-        write_json(folder.parent / "config.json", vars(args))  # so that it is a run's folder
-        shutil.rmtree(f"{folder}.partial", ignore_errors=True)
-        write_toy_world(f"{folder}.partial", args.seed)
-        torch.manual_seed(args.seed)
-        llama = Llama(LlamaConfig.from_pretrained(f"{folder}.partial")).init_weights()
-        save_model(llama, f"{folder}.partial")
-        os.replace(f"{folder}.partial", folder)
+        # should this be killed, --resume knows the folder by it
+        write_json(folder.parent / "config.json", vars(args))
+        with replacing(folder) as partial:
+            write_toy_world(partial, args.seed)
+            torch.manual_seed(args.seed)
+            llama = Llama(LlamaConfig.from_pretrained(partial)).init_weights()
+            save_model(llama, partial)
     barrier()
     args.model = args.lm = str(folder)
-    args.data, args.eval_data = str(folder / "groups.jsonl"), [str(folder)]
+    args.data, args.eval_data = f"{folder}/groups.jsonl", [str(folder)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -696,10 +702,13 @@ def evaluate(revela, collections, heldout, autocast, device):
         row |= {"ndcg@10": sum(ndcg.values()) / len(ndcg), "per_data": ndcg}
     if heldout:
         with autocast():
-            losses, weights = zip(*(revela.diagnose(batch) for batch in heldout))
-        sums = {name: sum(loss[name].item() for loss in losses) for name in losses[0]}
-        row["heldout_loss"] = {name: total / len(heldout) for name, total in sums.items()}
-        row["weights"] = [[round(w, 4) for w in w_i] for w_i in weights[0][0].tolist()]  # [B, B]
+            found = [revela.diagnose(batch) for batch in heldout]
+        losses, weights = zip(*found)
+        row["heldout_loss"] = mean_loss = {}
+        for name in losses[0]:
+            mean_loss[name] = sum(loss[name].item() for loss in losses) / len(losses)
+        first = weights[0][0]  # [B, B]: of the first batch's one group
+        row["weights"] = [[round(w, 4) for w in w_i] for w_i in first.tolist()]
     for module in revela.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # else weights stay whole, in bfloat16, after a pass without gradients
@@ -717,13 +726,13 @@ def train(args, device, rank, world_size):
     revela = getattr(model, "module", model)
     autocast = make_autocast(args, device)
 
-    # -- data, and where it goes on
+    # -- data, and the update to go on from
     groups = Groups(args.data, args.train_group_size)
     collections = read_collections(args.eval_data)
     n_train = len(groups) - min(args.heldout_groups, len(groups) // 2)
-    accumulation = args.gradient_accumulation_steps
-    accumulation = accumulation or max(1, 32 // (world_size * args.groups_per_device))
-    per_update = world_size * accumulation * args.groups_per_device
+    side_by_side = world_size * args.groups_per_device
+    accumulation = args.gradient_accumulation_steps or max(1, 32 // side_by_side)
+    per_update = accumulation * side_by_side  # groups
     total = args.max_steps or math.ceil(args.num_train_epochs * n_train / per_update)
     identity = identify(args, groups, per_update, revela.llamas)
     # mean and std come with the model, or from a checkpoint, or are measured before update 1
@@ -754,12 +763,12 @@ def train(args, device, rank, world_size):
     heldout = [batch_of(i) for i in range(n_train, len(groups))]
 
     def report(step):
-        if not (every(args.eval_every, step) or step in (0, total)):
-            return
-        row, runs = evaluate(revela, collections, heldout, autocast, device)
-        log.evaluation(step, row)
-        if toy and rank == 0 and step in (0, total):
-            show(runs["world"], collections["world"])
+        at_end = step in (0, total)
+        if every(args.eval_every, step) or at_end:
+            row, runs = evaluate(revela, collections, heldout, autocast, device)
+            log.evaluation(step, row)
+            if toy and rank == 0 and at_end:
+                show(runs["world"], collections["world"])
 
     # -- before the first update
     if first_step == 0 and args.pooling == "mean" and not has_pooling:
@@ -783,7 +792,7 @@ def train(args, device, rank, world_size):
             model, micro_batches, seeds,
             optimizer, args.max_grad_norm, autocast, device, world_size,
         )  # fmt: skip
-        log.add(stats, time.perf_counter() - began)
+        log.sums.update(stats, seconds=time.perf_counter() - began, updates=1)  # adds
 
         last = step == total
         stop = bool(signals)

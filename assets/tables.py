@@ -148,7 +148,7 @@ def readme():
     """What helped to choose nothing, and the study that everyone can make again."""
     yield from head(
         "| | EOS, untrained | mean, untrained | **trained on Wikipedia** | **on its own texts** "
-        "| BM25 | BM25 `--english` | own texts + the latter |"
+        "| BM25 | BM25 `--english` | own texts + BM25 `--english` |"
     )
     for title, names in ROWS[1:]:
         cells = [cell(f"small/{run}", "dense", *names) for run in ("eos", "untrained")]
