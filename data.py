@@ -45,19 +45,22 @@ def parse_group(line, where, size):
     if isinstance(group, dict):
         group, src = group.get("text"), group.get("src")
     if not isinstance(group, list) or not all(isinstance(text, str) for text in group):
-        need = 'a list of texts, or {"src": ..., "text": that list}'
-        raise ValueError(f"{where}: need {need}")
+        raise ValueError(f'{where}: need a list of texts, or {{"src": ..., "text": that list}}')
     if len(group) < size:
-        need = f"need {size} (--train_group_size)"
-        raise ValueError(f"{where}: a group of {len(group)} passages; {need}")
+        raise ValueError(
+            f"{where}: a group of {len(group)} passages; need {size} (--train_group_size)"
+        )
     for number, text in enumerate(group[:size], 1):
         if not text.strip():
             raise ValueError(f"{where}: passage {number} is empty")
     return group[:size], src
 
 
-class Groups(torch.utils.data.Dataset):
-    """The groups of a JSON-lines file, read one at a time: the file need not fit in memory."""
+class Groups:
+    """The groups of a JSON-lines file, read one at a time: the file need not fit in memory.
+
+    As torch's DataLoader wants it, it has a length, and items by number.
+    """
 
     def __init__(self, file, size):
         """size: passages of a group that are used. Raises ValueError that names a bad line."""
@@ -295,8 +298,10 @@ def read_qrels(file):
         if len(fields) == 4 and fields[1] in ("0", "Q0"):
             del fields[1]
         if len(fields) != 3 or not re.fullmatch(r"[+-]?\d{1,9}", fields[2]):
-            need = "need query-id, corpus-id, whole score, or TREC's query-id, 0, corpus-id, score"
-            raise ValueError(f"{where}: {need}")
+            raise ValueError(
+                f"{where}: need query-id, corpus-id, whole score, "
+                "or TREC's query-id, 0, corpus-id, score"
+            )
         qid, docid, grade = fields[0], fields[1], int(fields[2])
         grades = qrels.setdefault(qid, {})
         if grades.setdefault(docid, grade) != grade:
@@ -687,8 +692,9 @@ def main():
     if args.similar:
         make_groups = group_by_similarity
         if args.group_size % run_length or args.group_size == run_length:
-            need = "--run_length must divide --group_size, and be smaller: 4, say"
-            raise ValueError(f"with --similar, {need}")
+            raise ValueError(
+                "with --similar, --run_length must divide --group_size, and be smaller: 4, say"
+            )
 
     documents, seen, total = [], set(), 0
     for file in args.docs:

@@ -74,14 +74,14 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__(in_features, out_features, bias=bias)
-        self.lora_A = self.lora_B = None
+        self.lora_A = self.lora_B = None  # `add_lora` sets them, `scale` and `dropout`
 
     def forward(self, x):
         if self.lora_A is None:
             return super().forward(x)
         # no dropout in an adapter that is frozen (train.py --freeze_lm)
         p = self.dropout if self.training and self.lora_A.weight.requires_grad else 0.0
-        if p and torch.is_grad_enabled():
+        if p:
             y = recompute(self.correction, x, p)  # q, k and v share the x that is kept
         else:
             y = self.correction(x, p)
@@ -176,10 +176,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, H_kv * d, bias)
         self.v_proj = Linear(D, H_kv * d, bias)
         self.o_proj = Linear(H * d, D)
-        self.q_norm = self.k_norm = nn.Identity()
-        if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(d, config.rms_norm_eps)
-            self.k_norm = RMSNorm(d, config.rms_norm_eps)
+        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity  # which takes anything
+        self.q_norm = norm(d, config.rms_norm_eps)
+        self.k_norm = norm(d, config.rms_norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [N, T, D] -> q [N, H, T, d], k and v [N, H_kv, T, d]; q and k after RoPE."""
@@ -272,8 +271,10 @@ class Llama(nn.Module):
         load_strictly(model, tensors, path, device, dtype)
         embedding = model.embed_tokens.weight
         if head and stored_head is not None and not embedding.equal(stored_head.to(embedding)):
-            need = "set tie_word_embeddings in its config.json to false to use it"
-            raise ValueError(f"{path}: lm_head.weight is not the embedding; {need}")
+            raise ValueError(
+                f"{path}: lm_head.weight is not the embedding; "
+                "set tie_word_embeddings in its config.json to false to use it"
+            )
         model.path = str(path)
         return model
 
@@ -321,7 +322,7 @@ class Llama(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # LoRA
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
@@ -565,7 +566,7 @@ ADAPTER = {
     "r": [SIZE],
     "lora_alpha": [NUMBER],
     "lora_dropout": [(0, 0.99)],
-    "target_modules": [list(LORA_TARGETS)],
+    "target_modules": [LORA_TARGETS],
     "use_rslora": [None, False, True],
     "bias": [None, "none"],
     # others (pissa, olora ...) change the base's weights
@@ -592,8 +593,9 @@ def read_config(folder):
         values["eos_token_id"] = raw["eos_token_id"][0]
     H_kv, d = values["num_key_value_heads"], values["head_dim"]
     if heads % H_kv or d % 2 or d == 0:
-        need = "num_key_value_heads must divide num_attention_heads, and head_dim be even"
-        raise ValueError(f"{file}: {need}")
+        raise ValueError(
+            f"{file}: num_key_value_heads must divide num_attention_heads, and head_dim be even"
+        )
     return values
 
 

@@ -333,8 +333,10 @@ class Tokenizer:
             first = whole.special_tokens_mask.index(0)  # of the text's tokens
             self.bos_ids = whole.ids[:first]
         if type(self.eos_id) is not int or self.eos_id not in range(self.vocab_size):
-            need = "tokenizer_config.json needs an eos_token that is in the vocabulary"
-            raise ValueError(f"{folder}: no EOS token: {need}")
+            raise ValueError(
+                f"{folder}: no EOS token: "
+                "tokenizer_config.json needs an eos_token that is in the vocabulary"
+            )
 
     def token_ids(self, texts, max_len):
         """Token ids of `texts`, at most `max_len` each, without EOS.
@@ -347,8 +349,10 @@ class Tokenizer:
         rows = [(self.bos_ids + row.ids)[:max_len] for row in rows]
         most = max((token for row in rows for token in row), default=0)
         if most >= self.vocab_size:
-            has = f"but the model's vocab_size is {self.vocab_size}"
-            raise ValueError(f"{self.file} makes token {most} of a text, {has}")
+            raise ValueError(
+                f"{self.file} makes token {most} of a text, "
+                f"but the model's vocab_size is {self.vocab_size}"
+            )
         return rows
 
     def retriever_ids(self, texts, kind, max_len, ratio=1.0):
@@ -489,8 +493,10 @@ def load_pooling(retriever, folder):
     given = read_safetensors(file)
     fit = given.keys() == {"mean", "std"} and all(map(good, given.values()))
     if not fit or given["std"].float().min() < 1e-30:  # of less, 1 / std may overflow
-        need = f"floats mean and std [{len(retriever.mean)}] and nothing else, finite, std above 0"
-        raise ValueError(f"{file}: need {need}")
+        raise ValueError(
+            f"{file}: need floats mean and std [{len(retriever.mean)}] and nothing else, "
+            "finite, std above 0"
+        )
     retriever.mean.copy_(given["mean"])
     retriever.std.copy_(given["std"])
     return True
