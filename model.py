@@ -31,7 +31,7 @@ from data import (
     say,
     write_json,
     write_safetensors,
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -103,8 +103,10 @@ def dropout(x, p):
     """
     if p == 0 or x.device.type == "cuda":
         return F.dropout(x, p)
-    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
+    bits.random_(-(2**63), None)  # each of the 2^64 values is as likely
+    bits = bits.view(torch.int16)  # uniform in -2^15 .. 2^15 - 1
+    bits = bits[: x.numel()].view(x.shape)
     dropped = round(p * 2**16)  # so many of the 2^16 values, the lowest ones
     kept = bits.ge_(dropped - 2**15).to(x)  # 0 or 1
     return (x * kept).mul_(2**16 / (2**16 - dropped))
@@ -114,7 +116,8 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean of x^2 + eps) * weight, in the precision of x."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def rope(config, T, device):
@@ -127,7 +130,8 @@ def rope(config, T, device):
     frequency = config.rope_theta ** (-even / config.head_dim)
     if scaling := config.rope_scaling:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        trained_on = scaling["original_max_position_embeddings"]
+        turns = trained_on * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling["factor"])
     angles = torch.outer(torch.arange(T, device=device), frequency)  # [T, d/2]
@@ -138,7 +142,8 @@ def rope(config, T, device):
 def rotate(x, cos, sin):
     """Turn coordinates (i, i + d/2) of x [N, H, T, d] by the angles behind cos, sin [T, d]."""
     left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
+    turned = torch.cat([-right, left], dim=-1)  # by a right angle
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 # On this device attention is written out. Forward and backward (T = 160) take a quarter of the time
@@ -155,7 +160,8 @@ def causal_attention(q, k, v):
     if q.device.type != WRITTEN_OUT_ON:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     N, H, T, d = q.shape
-    rows = q.reshape(N, k.shape[1], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
+    rows = q.reshape(N, k.shape[1], -1, d)  # [N, H_kv, H/H_kv*T, d]
+    rows = rows / math.sqrt(d)
     scores = rows @ k.mT  # [N, H_kv, H/H_kv*T, T]
     future = q.new_full((T, T), -torch.inf).triu(1)
     a = (scores.view(N, H, T, T) + future).softmax(-1)
@@ -188,9 +194,10 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(2, heads)  # [N, T, H, d]
         k = self.k_proj(x).unflatten(2, heads)  # [N, T, H_kv, d]
         v = self.v_proj(x).unflatten(2, heads)
-        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
-        return q, k, v.transpose(1, 2)
+        q = self.q_norm(q).transpose(1, 2)  # [N, H, T, d]
+        k = self.k_norm(k).transpose(1, 2)  # [N, H_kv, T, d]
+        v = v.transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -204,7 +211,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = x.to(self.gate_proj.weight.dtype)
-        return recompute(self.down, self.gate_proj(x), self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return recompute(self.down, gate, up)
 
     def down(self, gate, up):  # both [N, T, intermediate_size]
         return self.down_proj(F.silu(gate) * up)
@@ -225,7 +233,8 @@ class Block(nn.Module):
                   returns, own and q are [N, H, T, d]
         kv_only   only keys and values are wanted: x is returned as it is
         """
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        normed = self.input_layernorm(x)
+        q, k, v = self.self_attn.qkv(normed, cos, sin)
         if kv_only:
             return x, k, v
         out = causal_attention(q, k, v)  # [N, H, T, d]
@@ -293,7 +302,7 @@ class Llama(nn.Module):
         No mask is needed: padding is on the right, where causal attention sees none of it. If mask
         [..., T], true at real tokens, is given, this is checked. What is at padding is of no use.
         """
-        if mask is not None and (mask[..., 1:] > mask[..., :-1]).any():
+        if mask is not None and (mask.int().diff() > 0).any():
             raise ValueError("mask has padding before a real token; pad on the right")
         cos, sin = rope(self.config, ids.shape[-1], ids.device)
         x = self.embed(ids.flatten(0, -2))  # [N, T, D]
@@ -352,8 +361,9 @@ def merge_lora(llama):
     """Make the LoRA matrices part of the weights: the same function without them."""
     for layer in llama.modules():
         if isinstance(layer, Linear) and layer.lora_A is not None:
-            merged = layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
-            layer.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
+            correction = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+            merged = (layer.weight + correction).to(layer.weight.dtype)
+            layer.weight = nn.Parameter(merged, requires_grad=False)
             layer.lora_A = layer.lora_B = None
     llama.lora = None
 
@@ -444,10 +454,8 @@ def in_batch_plan(weights, H, T, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
 def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
     """`in_batch_attention` [G, B, H, T, d] with nothing but the terms of `plan` in its sums.
 
-    weights [G, B, B] have a diagonal of zero.
-
-    Scores exist for one part of the plan at a time, and are computed again for the backward pass:
-    they are far larger than what they are computed from.
+    weights [G, B, B] have a diagonal of zero. Scores exist for one part of the plan at a time, and
+    are computed again for the backward pass: they are far larger than what they come from.
     """
     G, B, _, T, d = q.shape
     bias = mask[:, :, None].bool().log().to(v.dtype)  # [G, B, 1, T]: log 1 is 0, log 0 is -inf
@@ -455,14 +463,17 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
         lengths = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]: n_u
         v = v / lengths[..., None]
         bias = bias + lengths.log()
-    queries = q.reshape(G * B, k.shape[2], -1, d) / math.sqrt(d)  # [N, H_kv, H/H_kv*T, d]
-    # [N, H_kv, T, d], twice; [N, H_kv or 1, T]; [N, B]
-    k, v, bias, weights = (x.flatten(0, 1) for x in (k, v, bias, weights))
+    queries = q.reshape(G * B, k.shape[2], -1, d)  # [N, H_kv, H/H_kv*T, d]
+    queries = queries / math.sqrt(d)
+    k = k.flatten(0, 1)  # [N, H_kv, T, d]
+    v = v.flatten(0, 1)
+    bias = bias.flatten(0, 1)  # [N, H_kv or 1, T]
+    weights = weights.flatten(0, 1)  # [N, B]
 
     def passages(x, j):
         """x[j] as [b, H_kv, n, T, ...]."""
-        # not x[j]: its backward pass is slow
-        return x.index_select(0, j.flatten()).unflatten(0, j.shape).transpose(1, 2)
+        x = x.index_select(0, j.flatten())  # not x[j]: its backward pass is slow
+        return x.unflatten(0, j.shape).transpose(1, 2)
 
     def attend(i, j):
         """What passages i [b] read of passages j [b, n]."""
@@ -472,8 +483,9 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
         scores = scores + passages(bias, j)[:, :, None]
         a = scores.softmax(-1)  # over the tokens of each passage: a_u, or with V-norm b_u
         w = weights[i[:, None], j % B]  # [b, n]; j % B: its number in its group
-        values = w[:, None, :, None, None] * passages(v, j)  # [b, H_kv, n, T, d]
-        values = values.to(v.dtype).flatten(2, 3)
+        w = w[:, None, :, None, None]
+        values = (w * passages(v, j)).to(v.dtype)  # [b, H_kv, n, T, d]
+        values = values.flatten(2, 3)
         return a.flatten(3) @ values  # over passages and tokens at once: [b, H_kv, H/H_kv*T, d]
 
     parts = [recompute(attend, i, j, preserve_rng_state=False) for i, j in plan]
@@ -504,7 +516,7 @@ def fits(x, allowed):
         elif isinstance(rule, tuple):
             good = type(x) in (int, float) and rule[0] <= x < rule[1]
         elif isinstance(rule, list):
-            good = type(x) is list and x != [] and all(fits(item, rule) for item in x)
+            good = type(x) is list and x and all(fits(item, rule) for item in x)
         else:
             good = type(x) is dict if rule is dict else x == rule
         if good:
@@ -588,7 +600,9 @@ def read_config(folder):
     raw |= read_rope(file, raw)
     heads = raw["num_attention_heads"]
     values = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads}
-    values |= {name: raw[name] for name in LlamaConfig.__annotations__ if raw.get(name) is not None}
+    for name in LlamaConfig.__annotations__:
+        if raw.get(name) is not None:
+            values[name] = raw[name]
     if isinstance(raw.get("eos_token_id"), list):
         values["eos_token_id"] = raw["eos_token_id"][0]
     H_kv, d = values["num_key_value_heads"], values["head_dim"]
@@ -678,7 +692,10 @@ def save_adapter(llama, folder):
         prefix, task = "base_model.model.", "FEATURE_EXTRACTION"
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": llama.path}
     config |= {"bias": "none", **llama.lora}
-    tensors = {prefix + name: t for name, t in llama.state_dict().items() if ".lora_" in name}
+    tensors = {}
+    for name, tensor in llama.state_dict().items():
+        if ".lora_" in name:
+            tensors[prefix + name] = tensor
     write_folder(folder, "adapter_", config, tensors)
 
 

@@ -58,7 +58,7 @@ from model import (
     recompute,
     rope,
     with_diagonal,
-)  # fmt: skip
+)
 
 
 class Retriever(nn.Module):
@@ -105,8 +105,10 @@ class Retriever(nn.Module):
         hidden = self.llama(ids)  # [N, T, D]; no token sees the padding to its right
         n = mask.sum(-1) - 1  # [N]: tokens before the EOS, which is at position n
         if self.pooling == "eos":
-            return hidden[torch.arange(len(n), device=n.device), n].float()
-        before_eos = torch.arange(ids.shape[1], device=n.device) < n[:, None]  # [N, T]
+            row = torch.arange(len(n), device=n.device)
+            return hidden[row, n].float()
+        position = torch.arange(ids.shape[1], device=n.device)
+        before_eos = position < n[:, None]  # [N, T]
         x = hidden.float() * before_eos[..., None]
         return x.sum(1) / n[:, None].clamp(min=1)
 
@@ -136,8 +138,9 @@ class Revela(nn.Module):
     v_norm, **form     how passages read each other: arguments of `two_streams`
     """
 
-    def __init__(self, retriever, lm, attn_temperature=1e-4, v_norm=True, *, dual_loss=False,
-                 **form):  # fmt: skip
+    def __init__(
+        self, retriever, lm, attn_temperature=1e-4, v_norm=True, *, dual_loss=False, **form
+    ):
         super().__init__()
         self.retriever, self.lm = retriever, lm
         self.llamas = {"retriever": retriever.llama, "lm": lm}  # keys: folders they are saved in
@@ -160,12 +163,14 @@ class Revela(nn.Module):
 
     def loss_in_batch(self, batch, w):
         """The next-token loss of passages that read each other by the weights w [G, B, B]."""
-        hidden = two_streams(self.lm, batch["lm_ids"], batch["lm_mask"], w, **self.form)
+        ids, mask = batch["lm_ids"], batch["lm_mask"]
+        hidden = two_streams(self.lm, ids, mask, w, **self.form)
         return self.cross_entropy(hidden, batch)
 
     def loss_alone(self, batch):
         """The next-token loss of passages alone: that of the context stream."""
-        return self.cross_entropy(self.lm(batch["lm_ids"]), batch)
+        hidden = self.lm(batch["lm_ids"])
+        return self.cross_entropy(hidden, batch)
 
     def embed(self, batch):
         """The queries and passages of a batch, q and p [G, B, D]."""
@@ -201,8 +206,10 @@ class Revela(nn.Module):
         """
         config = self.lm.config
         pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
-        ids, mask = batch["lm_ids"][..., 1:], batch["lm_mask"][..., 1:]
-        return mask if pad_id is None else mask & (ids != pad_id)
+        real = batch["lm_mask"][..., 1:]
+        if pad_id is None:
+            return real
+        return real & (batch["lm_ids"][..., 1:] != pad_id)
 
     def count(self, batch):
         """The number of terms in the mean loss. `train.update` weighs micro-batches by it."""
@@ -215,9 +222,10 @@ class Revela(nn.Module):
         once, and the backward pass computes them again.
         """
         targets = self.is_target(batch).flatten().nonzero()[:, 0]  # [M]: where they are
-        # index_select, since the backward pass of hidden[targets] is slow
-        hidden = hidden[..., :-1, :].flatten(0, 2).index_select(0, targets)  # [M, D]
         ids = batch["lm_ids"][..., 1:].flatten()[targets]  # [M]
+        hidden = hidden[..., :-1, :].flatten(0, 2)
+        # index_select, since the backward pass of hidden[targets] is slow
+        hidden = hidden.index_select(0, targets)  # [M, D]
 
         def summed(hidden, ids):
             logits = self.lm.logits(hidden).float()
@@ -264,11 +272,10 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
 
     @torch.compiler.disable  # each form of the plan would be compiled anew
     def add_others(own, q, k, v):
-        """own (causal attention) plus what the passages read from each other [N, H, T, d].
-
-        own and q are the in-batch stream's, k and v [N, H_kv, T, d] the context stream's.
-        """
-        q, k, v = (x.unflatten(0, (G, B)) for x in (q, k, v))  # [G, B, H or H_kv, T, d]
+        """own, the causal attention, plus what the passages read from each other [N, H, T, d]."""
+        q = q.unflatten(0, (G, B))  # [G, B, H, T, d]: of the in-batch stream, as own
+        k = k.unflatten(0, (G, B))  # [G, B, H_kv, T, d]: of the context stream, as v
+        v = v.unflatten(0, (G, B))
         others = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
         if convex:
             own = (1 - scale) * own
@@ -283,7 +290,8 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     for block in lm.layers[first:]:
         last = block is lm.layers[-1]  # of its context stream only keys and values are needed
         context, k, v = block(context, cos, sin, kv_only=last)
-        stream, _, _ = block(stream, cos, sin, read=partial(add_others, k=k, v=v))
+        read = partial(add_others, k=k, v=v)
+        stream, _, _ = block(stream, cos, sin, read)
     return lm.norm(stream).unflatten(0, (G, B))
 
 
@@ -346,7 +354,8 @@ class Tokenizer:
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with blame(self.file, "fails at a text"):
             rows = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [(self.bos_ids + row.ids)[:max_len] for row in rows]
+        rows = [self.bos_ids + row.ids for row in rows]
+        rows = [row[:max_len] for row in rows]
         most = max((token for row in rows for token in row), default=0)
         if most >= self.vocab_size:
             raise ValueError(
@@ -362,7 +371,8 @@ class Tokenizer:
         """
         texts = [PREFIX[kind] + text for text in texts]
         rows = self.token_ids(texts, max_len - 1)
-        return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
+        rows = [row[: int(len(row) * ratio)] for row in rows]
+        return [row + [self.eos_id] for row in rows]
 
 
 def pad(rows, value):
@@ -464,9 +474,10 @@ def by_length(rows, batch_tokens):
 
     A longer text is a batch of its own. What `pad` adds does not count.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    lengths = [len(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: lengths[i], reverse=True)
     while order:
-        size = max(1, batch_tokens // len(rows[order[0]]))
+        size = max(1, batch_tokens // lengths[order[0]])
         yield order[:size]
         order = order[size:]
 
@@ -550,7 +561,8 @@ class Contrastive(Revela):
 
     def forward(self, batch):
         q, p = self.embed(batch)
-        log_p = (similarities(q, p) / self.attn_temperature).log_softmax(-1)  # [G, B, B]
+        s = similarities(q, p) / self.attn_temperature  # [G, B, B]
+        log_p = s.log_softmax(-1)
         loss = -log_p.diagonal(dim1=1, dim2=2).mean()
         self.stats = observe(loss, log_p.exp(), p)
         return loss
@@ -579,7 +591,8 @@ class Replug(Revela):
         q, p = self.embed(batch)
         R = similarities(q, p) / self.attn_temperature  # [G, B, B]
         L = self.likelihoods(batch) / self.lm_temperature
-        log_R, log_L = (with_diagonal(x, -torch.inf).log_softmax(-1) for x in (R, L))
+        log_R = with_diagonal(R, -torch.inf).log_softmax(-1)
+        log_L = with_diagonal(L, -torch.inf).log_softmax(-1)
         log_a, log_b = (log_R, log_L) if self.reverse_kl else (log_L, log_R)
         # the diagonal's -inf minus -inf would be NaN
         terms = log_a.exp() * with_diagonal(log_a - log_b, 0)
@@ -594,7 +607,8 @@ class Replug(Revela):
         rows = []
         for ids, mask in zip(batch["lm_ids"], batch["lm_mask"]):  # [B, T] of a group
             passages = [row[real].tolist() for row, real in zip(ids, mask)]
-            rows.append(torch.stack([self.likelihood(own, passages) for own in passages]))
+            of_group = [self.likelihood(own, passages) for own in passages]  # B of [B]
+            rows.append(torch.stack(of_group))
         return torch.stack(rows)
 
     def likelihood(self, own, contexts):
@@ -606,9 +620,10 @@ class Replug(Revela):
         ids, mask = pad([context + own for context in contexts], 0)  # [B, T]
         ids, mask = ids.to(device), mask.to(device)
         m = len(own) - len(own) // 2
-        # positions of the last m tokens; the state one before a token predicts it
-        at = mask.sum(1, keepdim=True) - m + torch.arange(m, device=device)  # [B, m]
-        hidden = self.lm(ids).take_along_dim(at[..., None] - 1, 1)  # [B, m, D]
+        first = mask.sum(1, keepdim=True) - m  # [B, 1]
+        at = first + torch.arange(m, device=device)  # [B, m]: positions of the last m tokens
+        before = at[..., None] - 1  # the state one before a token predicts it
+        hidden = self.lm(ids).take_along_dim(before, 1)  # [B, m, D]
         logits = self.lm.logits(hidden).float().transpose(1, 2)  # [B, V, m]
         log_p = -F.cross_entropy(logits, ids.take_along_dim(at, 1), reduction="none")  # [B, m]
         return log_p.mean(1)

@@ -44,7 +44,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
-)  # fmt: skip
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,7 +67,7 @@ from data import (
     write_lines,
     write_safetensors,
     write_toy_world,
-)  # fmt: skip
+)
 from eval import dense_run, measure, show
 from model import (
     LORA_TARGETS,
@@ -78,7 +78,7 @@ from model import (
     recompute,
     save_adapter,
     save_model,
-)  # fmt: skip
+)
 from revela import (
     Contrastive,
     Control,
@@ -89,7 +89,7 @@ from revela import (
     collate,
     load_pooling,
     save_pooling,
-)  # fmt: skip
+)
 
 # --------------------------------------------------------------------------------------------------
 # arguments: {flag: (default, help, least, below)}, as `data.flags_given` reads them. Of choices the
