@@ -463,7 +463,7 @@ def blame(where, failed):
     """
     try:
         yield
-    # GeneratorExit: who reads `read_lines`, which yields inside, may leave it
+    # GeneratorExit: `read_lines` yields inside, and its reader may stop early
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
@@ -580,7 +580,7 @@ def flags_given(description, flags, argv=None):
         number   a number from `least` (0, if left out) to below `below`
     """
 
-    def limits(default, text, least=0, below=1e15):
+    def limits(default, text, least=0, below=1e15):  # of a flag's tuple, which may end before
         return least, below
 
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -665,7 +665,8 @@ def command(main):
             traceback.print_exc()
     if failure:
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
-    leave(code)  # also after a failure: Python would wait for workers, which ignore its signal
+    # also after a failure: Python would wait for the data loader's workers, which ignore its signal
+    leave(code)
 
 
 # --------------------------------------------------------------------------------------------------

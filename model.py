@@ -85,8 +85,8 @@ class Linear(nn.Linear):
             y = recompute(self.correction, x, p)  # q, k and v share the x that is kept
         else:
             y = self.correction(x, p)
-        # the frozen matmul comes last: its backward pass needs nothing that is computed here, so
-        # `recompute` around this, as in `MLP`, stops before it
+        # the frozen matmul comes last, and its backward pass needs W alone. So `recompute` around
+        # this, as in `MLP`, does not repeat it: it stops once it has all that is needed
         return y + super().forward(x)
 
     def correction(self, x, p):
@@ -433,8 +433,8 @@ def in_batch_plan(weights, H, T, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
 
     weights [G, B, B] have a diagonal of zero. Passages of all groups are numbered from 0 to N-1,
     sorted by how many weights above `negligible` they have, and cut into parts of at most
-    `max_scores` attention scores, or of one passage. A part is as wide as its first passage needs:
-    all of it read n passages, those with their n largest weights.
+    `max_scores` attention scores, or of one passage. The first passage of a part has the most such
+    weights, n. Each passage of the part reads n: those to which it gives its n largest weights.
     """
     B, max_pairs = weights.shape[-1], max_scores // (H * T * T)
     w, order = weights.flatten(0, 1).sort(descending=True)  # [N, B]
@@ -497,7 +497,8 @@ def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
 # files: Hugging Face checkpoints and PEFT adapters. They are not to be trusted: what we do not
 # compute is refused by name, and no file can name one outside of its folder.
 
-# The tables below are {fields: what each of them may be}, which is a list of values and rules:
+# CONFIG, ROPE and ADAPTER below are {names of fields: [what each may be]}. A list has values and
+# rules:
 #
 #     range(1, 9)    an integer in this range
 #     (0.5, 1e9)     a number from the first to below the second

@@ -155,7 +155,7 @@ class Revela(nn.Module):
         loss = self.loss_in_batch(batch, w)
         self.stats = observe(loss, w, p)
         if self.dual_loss:
-            # once more: in the last block `two_streams` does not compute the context stream's x
+            # a pass of its own: `two_streams` leaves the context stream's last block unfinished
             context_loss = self.loss_alone(batch)
             self.stats["context_loss"] = context_loss.detach()
             loss = loss + context_loss
@@ -174,7 +174,7 @@ class Revela(nn.Module):
 
     def embed(self, batch):
         """The queries and passages of a batch, q and p [G, B, D]."""
-        # p first: in this order dropout draws its numbers
+        # p before q: another order would give dropout other numbers, and a seed another run
         p = self.retriever(batch["passage_ids"], batch["passage_mask"])
         q = self.retriever(batch["query_ids"], batch["query_mask"])
         return q, p
@@ -201,8 +201,8 @@ class Revela(nn.Module):
     def is_target(self, batch):
         """[G, B, T-1] bool: whether the next token is real.
 
-        As published, the pad token does not count, even where a text holds it. It is the EOS where
-        the model names none.
+        As published, the pad token does not count, even where a text holds it. Without a
+        pad_token_id the EOS is the pad token.
         """
         config = self.lm.config
         pad_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
@@ -331,6 +331,7 @@ class Tokenizer:
         eos = read_json(file).get("eos_token") if file.exists() else None
         if isinstance(eos, dict):
             eos = eos.get("content")
+        # `blame` turns what fails inside into one sentence that names the file
         with blame(self.file, f"is not a tokenizer, or not one for eos_token {eos!r:.80}"):
             self.tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
             self.tokenizer.no_truncation()
@@ -391,7 +392,7 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
     """[(texts, src)] of G groups -> the batch: {query,passage,lm}_{ids,mask}, each [G, B, T].
 
     first_half   the query of a passage is the first half of its tokens, prefix counted: so w_i
-                 knows nothing of the second half that it helps to predict. As published, not in
+                 knows nothing of the second half. (The loss is of both.) As published, not in
                  groups with src "stackoverflow", whose passages are questions with answers
     apart        the query is the first half of the words, and the passage is the rest
     """
@@ -589,10 +590,10 @@ class Replug(Revela):
 
     def forward(self, batch):
         q, p = self.embed(batch)
-        R = similarities(q, p) / self.attn_temperature  # [G, B, B]
-        L = self.likelihoods(batch) / self.lm_temperature
-        log_R = with_diagonal(R, -torch.inf).log_softmax(-1)
-        log_L = with_diagonal(L, -torch.inf).log_softmax(-1)
+        s = similarities(q, p) / self.attn_temperature  # [G, B, B]
+        likely = self.likelihoods(batch) / self.lm_temperature
+        log_R = with_diagonal(s, -torch.inf).log_softmax(-1)
+        log_L = with_diagonal(likely, -torch.inf).log_softmax(-1)
         log_a, log_b = (log_R, log_L) if self.reverse_kl else (log_L, log_R)
         # the diagonal's -inf minus -inf would be NaN
         terms = log_a.exp() * with_diagonal(log_a - log_b, 0)

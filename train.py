@@ -287,7 +287,7 @@ def shard(revela, device, dtype):
     What is used outside of blocks (embeddings, heads, final norms) is one unit more. A block of the
     language model is gathered for each of its two streams.
     """
-    # it warns that blocks return views, keys and values, for the case that someone writes to them
+    # FSDP2 warns, lest someone write to them, that a block returns views: its keys and values
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # gradients are reduced in float32
@@ -325,7 +325,7 @@ def unsharded_retriever(retriever, device):
     If `retriever` is not sharded, it has the same decoder: so call `revela.train()` afterwards.
     """
     copy = Retriever(unsharded(retriever.llama, device), retriever.tokenizer, retriever.pooling)
-    copy.mean, copy.std = retriever.mean, retriever.std
+    copy.mean, copy.std = retriever.mean, retriever.std  # shared, so that `standardise` sets both
     return copy.eval()
 
 
@@ -381,7 +381,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
         norms.append(full_tensor(torch.nn.utils.get_total_norm(gradients).to(device)))
         stats[f"grad_norm_{name}"] = norms[-1]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    if not norm.isfinite():  # nor is it on the others, whose gradients were added
+    if not norm.isfinite():  # the norm is the same on all processes: so all stop
         what = f"loss {stats['loss'].item()}, norm of gradients {norm.item()}: nothing was updated"
         raise ValueError(f"{what}. Start anew with a smaller --learning_rate or --dtype float32")
     if max_grad_norm:
@@ -519,7 +519,7 @@ LINE = """{step:6}/{total}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm_retrie
 class Log:
     """metrics.jsonl, and lines on the screen: means over the updates since the last line.
 
-    sums   of the statistics of these updates, of their `seconds` and `updates`, their number
+    sums   over these updates: of their statistics and `seconds`; `updates` is their number
     """
 
     def __init__(self, file, first_step, device, rank):
@@ -763,11 +763,11 @@ def train(args, device, rank, world_size):
     heldout = [batch_of(i) for i in range(n_train, len(groups))]
 
     def report(step):
-        at_end = step in (0, total)
-        if every(args.eval_every, step) or at_end:
+        first_or_last = step in (0, total)
+        if every(args.eval_every, step) or first_or_last:
             row, runs = evaluate(revela, collections, heldout, autocast, device)
             log.evaluation(step, row)
-            if toy and rank == 0 and at_end:
+            if toy and rank == 0 and first_or_last:
                 show(runs["world"], collections["world"])
 
     # -- before the first update
