@@ -141,7 +141,7 @@ def split_passages(text, max_words=120):
         start = 0
         for end in [match.end() for match in cut.finditer(text)] + [len(text)]:
             piece, start = text[start:end], end
-            if count(piece) <= max_words or not cuts:  # after the last cut it is one word
+            if count(piece) <= max_words or not cuts:  # after the last cut it stays whole
                 yield piece
             else:
                 yield from pieces(piece, *cuts)
@@ -526,7 +526,10 @@ def fsync(path):
 
 @contextmanager
 def replacing(file):
-    """Yield another file's name. Afterwards it replaces `file` atomically, if nothing failed."""
+    """Yield another name. What is written to it replaces `file` atomically, if nothing failed.
+
+    It may be a folder, if there is none of `file`'s name.
+    """
     file, partial = Path(file), Path(f"{file}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     yield partial
@@ -576,7 +579,7 @@ def flags_given(description, flags, argv=None):
         bool     --flag or --no-flag
         tuple    one of these; the first is the default
         list     several values
-        None     a text
+        text     a text; None: likewise
         number   a number from `least` (0, if left out) to below `below`
     """
 

@@ -233,8 +233,7 @@ class Block(nn.Module):
                   returns, own and q are [N, H, T, d]
         kv_only   only keys and values are wanted: x is returned as it is
         """
-        normed = self.input_layernorm(x)
-        q, k, v = self.self_attn.qkv(normed, cos, sin)
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         if kv_only:
             return x, k, v
         out = causal_attention(q, k, v)  # [N, H, T, d]
@@ -297,10 +296,10 @@ class Llama(nn.Module):
         return self
 
     def forward(self, ids, mask=None):
-        """ids [..., T] int64 -> hidden states [..., T, D] after the final norm.
+        """ids [N, T] (or [G, B, T]) int64 -> hidden states [N, T, D] after the final norm.
 
         No mask is needed: padding is on the right, where causal attention sees none of it. If mask
-        [..., T], true at real tokens, is given, this is checked. What is at padding is of no use.
+        [N, T], true at real tokens, is given, this is checked. What is at padding is of no use.
         """
         if mask is not None and (mask.int().diff() > 0).any():
             raise ValueError("mask has padding before a real token; pad on the right")

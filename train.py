@@ -64,7 +64,6 @@ from data import (
     setup,
     write,
     write_json,
-    write_lines,
     write_safetensors,
     write_toy_world,
 )
@@ -419,8 +418,9 @@ def save_models(revela, folder, args, rank):
             save_adapter(llama, folder / name)
             continue
         save_model(llama, folder / name)
-        for file in model_folder(llama.path).glob("tokenizer*.json"):
-            shutil.copyfile(file, folder / name / file.name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            if (model_folder(llama.path) / file).exists():
+                shutil.copyfile(model_folder(llama.path) / file, folder / name / file)
     if rank == 0:
         save_pooling(revela.retriever, folder / "retriever")
 
@@ -532,7 +532,7 @@ class Log:
         # whether the evaluation after `first_step` is there: the run may have been killed before it
         self.evaluated = any(row["step"] == first_step and "loss" not in row for row in rows)
         if rank == 0:
-            write_lines(file, rows)
+            write(file, "".join(json.dumps(row) + "\n" for row in rows))  # as `record` writes them
 
     def record(self, values):
         """Append a line to metrics.jsonl, by the first process."""

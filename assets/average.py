@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import must_be_new, read_json, read_safetensors
+from data import must_be_new, read_json, read_safetensors, write_safetensors
 from model import write_folder
 from revela import POOLING
 
@@ -36,9 +35,8 @@ def main(argv=None):
     write_folder(out, "adapter_", config, averaged)
     if (folders[0] / POOLING).exists():
         given = [read_safetensors(folder / POOLING) for folder in folders]
-        save_file(
-            {name: sum(t[name] for t in given) / n for name in ("mean", "std")}, out / POOLING
-        )
+        mean = {name: sum(t[name] for t in given) / n for name in ("mean", "std")}
+        write_safetensors(out / POOLING, mean)
 
 
 if __name__ == "__main__":

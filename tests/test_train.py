@@ -119,6 +119,15 @@ def run(*runs):
 # updates, going on, what is trained
 
 
+def test_a_resumed_log_keeps_its_bytes_whatever_a_collection_is_called(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    train.Log(file, 0, torch.device("cpu"), 0).record({"step": 2, "per_data": {"é\u2028\udce9": 1}})
+    before = file.read_bytes()
+    for _ in range(2):
+        train.Log(file, 2, torch.device("cpu"), 0)
+        assert file.read_bytes() == before
+
+
 def test_one_process_is_no_group_of_processes(monkeypatch):
     """gloo has no sum of tensors on Apple's GPUs, where torchrun starts one process, too."""
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a group"))
