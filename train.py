@@ -595,7 +595,9 @@ def check_out(out, resume):
     ours = resume and config.exists() and "recipe" in read_json(config)
     if ours and (out / "retriever").exists() and not latest.exists():
         raise ValueError(f"{out} is a finished run, and has no checkpoint: choose another --out")
-    if out.exists() and any(out.iterdir()) and not ours:
+    # a run that was killed at its start leaves nothing but config.json.partial
+    files = [file for file in out.glob("*") if file.name != "config.json.partial"]
+    if files and not ours:
         raise ValueError(
             f"{out} is not empty: choose another --out, or go on with --resume, if it is a run's"
         )

@@ -662,6 +662,12 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
     assert json.loads(config).items() >= {"learning_rate": 1e-2, "max_steps": 2, "seed": 0}.items()
     with pytest.raises(ValueError, match="run is not empty: .* --resume"):
         train.main(args)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/config.json.partial").write_text("{")  # at its start
+    train.check_out(tmp_path / "killed", resume=True)
+    (tmp_path / "killed/.notes").touch()
+    with pytest.raises(ValueError, match="killed is not empty"):
+        train.check_out(tmp_path / "killed", resume=True)
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     edit(tmp_path / "other", rope_theta=7.0)
     write_groups(tmp_path / "longer", 13)
