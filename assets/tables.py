@@ -181,6 +181,28 @@ def sizes():
         yield line(f"16 - {size}", "", *cells, paired(DATA, *fused))
 
 
+def equal_updates():
+    """Groups of 4 to 32, as many updates, seeds 0 to 2; texts read up to 96 tokens."""
+    yield from head(
+        "| passages in a group | updates | adi | cranfield | cisi | cacm | mean of three "
+        "| with BM25 `--english` |"
+    )
+    sizes = {str(size): f"small/equal{size}-?" for size in (4, 8, 16, 32)}
+    longer = "small/begin-[0-2]"  # the recipe
+    for size, updates, runs in [
+        *((n, "50", runs) for n, runs in sizes.items()),
+        ("16", "100", longer),
+    ]:
+        cells = [span(ndcg(runs, "dense", *names)) for _, names in ROWS]
+        yield line(size, updates, *cells, span(ndcg(runs, "fused", *DATA)))
+    pairs = {f"16 - {size}": (sizes["16"], sizes[size]) for size in ("4", "8", "32")}
+    pairs["16: 100 updates - 50"] = (longer, sizes["16"])
+    for title, sides in pairs.items():
+        dense, fused = ([(runs, system) for runs in sides] for system in ("dense", "fused"))
+        cells = [paired(names, *dense) for _, names in ROWS]
+        yield line(title, "", *cells, paired(DATA, *fused))
+
+
 def own(system, *names):
     """nDCG@10 of each seed, a mean over `names`, after training on each one's own documents."""
     each = [ndcg(f"small/own-{name}-?", system, name) for name in names]
@@ -285,7 +307,8 @@ def contrastive_pilots():
 def replug_pilots():
     """REPLUG, chosen the same way: 40 updates, seed 0."""
     yield from head("| τ | β | learning rate | adi | med |")
-    for run in ("r-.1-.1-6e-4", "r-.1-.03-2e-4", "r-.1-.01-2e-4", "r-.1-.003-2e-4"):
+    runs = ["r-.1-.1-6e-4", "r-.1-.03-2e-4", "r-.1-.01-2e-4", "r-.1-.003-2e-4", "r-.1-.01-5e-5"]
+    for run in runs:
         values = config(f"small/{run}")
         temperatures = [str(values[key]) for key in ("attn_temperature", "lm_temperature")]
         cells = [cell(f"small/{run}", "dense", name) for name in ("adi", "med")]
@@ -305,6 +328,10 @@ def contrastive():
         for other in (short, low):
             cells.append(paired(names, ("small/seed-?", "dense"), (other, "dense")))
         yield line(title, *cells)
+    sides = [(f"small/torch-{runs}", "dense") for runs in ("untrained", "contrastive-?", "?")]
+    untrained, trained, revela = (span(ndcg(*side, STUDY)) for side in sides)
+    difference = paired([STUDY], sides[2], sides[1])
+    yield line("torch's source", untrained, trained, "–", "–", revela, difference, "–")
 
 
 def averaged():
@@ -429,8 +456,8 @@ def toy_ablations():
 
 
 TABLES = [toy, recipe, gains, averaged, lengths, beginnings, minutes, hour, hour_end, pilots]
-TABLES += [variants, contrastive_pilots, contrastive, replug_pilots, sizes, own_texts, torch_source]
-TABLES += [rounding, toy_ablations]
+TABLES += [variants, contrastive_pilots, contrastive, replug_pilots, sizes, equal_updates]
+TABLES += [own_texts, torch_source, rounding, toy_ablations]
 
 if __name__ == "__main__":
     for table in [*TABLES, claims]:
