@@ -595,9 +595,9 @@ def check_out(out, resume):
     ours = resume and config.exists() and "recipe" in read_json(config)
     if ours and (out / "retriever").exists() and not latest.exists():
         raise ValueError(f"{out} is a finished run, and has no checkpoint: choose another --out")
-    # a run that was killed at its start leaves nothing but config.json.partial
-    files = [file for file in out.glob("*") if file.name != "config.json.partial"]
-    if files and not ours:
+    files = [file.name for file in out.iterdir()] if out.exists() else []
+    # a run that was killed at its start leaves nothing but this
+    if files not in ([], ["config.json.partial"]) and not ours:
         raise ValueError(
             f"{out} is not empty: choose another --out, or go on with --resume, if it is a run's"
         )
@@ -623,6 +623,7 @@ def make_world(folder, args, rank):
         # should this be killed, --resume knows the folder by it
         write_json(folder.parent / "config.json", vars(args))
         with replacing(folder) as partial:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             write_toy_world(partial, args.seed)
             torch.manual_seed(args.seed)
             llama = Llama(LlamaConfig.from_pretrained(partial)).init_weights()

@@ -163,44 +163,38 @@ def readme():
     yield line("torch's source", "–", untrained, *trained, *bm25, both)
 
 
-def sizes():
-    """Groups of 4 to 32, as many passages; then what 16 is worth more than the others."""
+def size_table(sizes, pairs):
+    """sizes: {runs: a run whose config has their settings}; pairs: {title: two sides}."""
     yield from head(
         "| passages in a group | updates | adi | cranfield | cisi | cacm | mean of three "
         "| with BM25 `--english` |"
     )
-    for run in ("small/size4", "small/size8", "small/seed", "small/size32"):
-        settings = [str(config(f"{run}-0")[key]) for key in ("train_group_size", "max_steps")]
-        cells = [span(ndcg(f"{run}-[0-2]", "dense", *names)) for _, names in ROWS]
-        yield line(*settings, *cells, span(ndcg(f"{run}-[0-2]", "fused", *DATA)))
-    sixteen = ("small/seed-[0-2]", "dense")
-    for size in (4, 8, 32):
-        other = (f"small/size{size}-[0-2]", "dense")
-        cells = [paired(names, sixteen, other) for _, names in ROWS]
-        fused = [(runs, "fused") for runs, _ in (sixteen, other)]
-        yield line(f"16 - {size}", "", *cells, paired(DATA, *fused))
-
-
-def equal_updates():
-    """Groups of 4 to 32, as many updates, seeds 0 to 2; texts read up to 96 tokens."""
-    yield from head(
-        "| passages in a group | updates | adi | cranfield | cisi | cacm | mean of three "
-        "| with BM25 `--english` |"
-    )
-    sizes = {str(size): f"small/equal{size}-?" for size in (4, 8, 16, 32)}
-    longer = "small/begin-[0-2]"  # the recipe
-    for size, updates, runs in [
-        *((n, "50", runs) for n, runs in sizes.items()),
-        ("16", "100", longer),
-    ]:
+    for runs, run in sizes.items():
+        settings = [str(config(run)[key]) for key in ("train_group_size", "max_steps")]
         cells = [span(ndcg(runs, "dense", *names)) for _, names in ROWS]
-        yield line(size, updates, *cells, span(ndcg(runs, "fused", *DATA)))
-    pairs = {f"16 - {size}": (sizes["16"], sizes[size]) for size in ("4", "8", "32")}
-    pairs["16: 100 updates - 50"] = (longer, sizes["16"])
+        yield line(*settings, *cells, span(ndcg(runs, "fused", *DATA)))
     for title, sides in pairs.items():
         dense, fused = ([(runs, system) for runs in sides] for system in ("dense", "fused"))
         cells = [paired(names, *dense) for _, names in ROWS]
         yield line(title, "", *cells, paired(DATA, *fused))
+
+
+def sizes():
+    """Groups of 4 to 32, as many passages; then what 16 is worth more than the others."""
+    names = {4: "size4", 8: "size8", 16: "seed", 32: "size32"}
+    runs = {size: f"small/{name}-[0-2]" for size, name in names.items()}
+    pairs = {f"16 - {size}": (runs[16], runs[size]) for size in (4, 8, 32)}
+    yield from size_table({runs[size]: f"small/{names[size]}-0" for size in runs}, pairs)
+
+
+def equal_updates():
+    """Groups of 4 to 32, as many updates, then the recipe; texts read up to 96 tokens."""
+    runs = {size: f"small/equal{size}-[0-2]" for size in (4, 8, 16, 32)}
+    configs = {runs[size]: f"small/equal{size}-0" for size in (4, 8, 16)}
+    configs |= {runs[32]: "small/size32-0", "small/begin-[0-2]": "small/begin-0"}
+    pairs = {f"16 - {size}": (runs[16], runs[size]) for size in (4, 8, 32)}
+    pairs["16: 100 updates - 50"] = ("small/begin-[0-2]", runs[16])
+    yield from size_table(configs, pairs)
 
 
 def own(system, *names):
