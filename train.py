@@ -177,7 +177,7 @@ SMALL = dict(
     attn_temperature=0.1, pooling="mean", inbatch_form="convex", inbatch_scale=0.25,
     inbatch_start=0.5, v_norm=False, passage_max_len=64, lora_r=32, lora_dropout=0.0,
     learning_rate=6e-4, warmup_steps=10, max_steps=100, gradient_accumulation_steps=1,
-    heldout_groups=8, out="runs/small", logging_steps=5,
+    heldout_groups=8, out="runs/small", logging_steps=5, save_steps=50,
 )  # fmt: skip
 # Two tiny models that start at random, and are trained whole: hence the large learning rate.
 TOY = dict(
