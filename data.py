@@ -116,7 +116,8 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 # Where a text may be cut, from the best place to the last resort.
 CUTS = [
-    # after . ! ? and quotes, unless a small letter follows; at an empty line; after 。 ！ ？
+    # after . ! ? and quotes, unless one space and a small letter follow; at an empty line; after
+    # 。 ！ ？
     re.compile(r"""(?<=[.!?])["')\]]*\s+(?![a-z]) | \n\s*\n | [。！？]["'」』”’]*""", re.VERBOSE),
     re.compile(r"\n"),
     # between words; between unspaced characters, but not before a mark on one
@@ -657,11 +658,14 @@ def command(main):
     code, failure = 1, None
     try:
         code = main()
+    except KeyboardInterrupt:
+        code = 130  # as shells have it
     except (ValueError, OSError) as error:
-        failure = str(error)
+        # a worker's error comes with its traceback before it
+        failure = str(error).strip().rpartition("\nValueError: ")[2]
     except Exception as error:
-        # torch says "allocate" when memory runs out, on a CPU and on a GPU
-        if isinstance(error, RuntimeError) and "allocate" in str(error):
+        # torch and numpy say "allocate" when memory runs out, on a CPU and on a GPU
+        if isinstance(error, (RuntimeError, MemoryError)) and "allocate" in str(error):
             reason = str(error).splitlines()[0]
             failure = f"out of memory ({reason}). What helps: assets/OPERATIONS.md, When it stops"
         else:

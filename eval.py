@@ -23,6 +23,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 from argparse import Namespace
 from array import array
 from collections import Counter
@@ -209,6 +210,12 @@ their then there these they this to was will with""".split()
 ENDING = re.compile(r"(?<=\w{3})(?:ations?|ions?|ings?|ed|ly|ies|es|s|e|y)$")
 
 
+# Python's \w lacks the marks on letters: combining accents; Hebrew, Arabic and Indic vowels.
+MARK = "".join(chr(i) for i in range(0x300, 0xE00) if unicodedata.category(chr(i))[0] == "M")
+LETTER = rf"[^\W{UNSPACED}]"
+BM25_WORD = re.compile(rf"[{UNSPACED}]|{LETTER}+(?:[{MARK}]+{LETTER}*)*")
+
+
 class BM25:
     """Lucene's BM25 over texts cut into lower-case words.
 
@@ -241,7 +248,7 @@ class BM25:
         """The words of `text`, without punctuation. Characters of unspaced scripts are words."""
         if self.identifiers:
             text = re.sub("_|(?<=[a-z])(?=[A-Z])", " ", text)
-        words = re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+", text.lower())
+        words = BM25_WORD.findall(text.lower())
         if self.english:
             words = [ENDING.sub("", word) for word in words if word not in STOP_WORDS]
         return words
@@ -352,7 +359,8 @@ def interactive(args, retriever, progress=False, **encode):
             vectors = torch.from_numpy(np.load(file, mmap_mode="c"))  # torch warns of "r"
         else:
             vectors = retriever.encode(passages, out=file, progress=progress, **encode)  # [P, D]
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    for stream in (sys.stdin, sys.stdout):  # a terminal may lack a character, or send half of one
+        stream.reconfigure(errors="replace")
     print(f"{len(passages):,} passages of {len(set(sources)):,} texts; an empty line ends")
     qid = "question"
     with suppress(EOFError, KeyboardInterrupt):

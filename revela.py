@@ -39,6 +39,7 @@ from tqdm import tqdm
 from data import (
     POOLING,
     PREFIX,
+    WORD,
     blame,
     model_folder,
     must_be_new,
@@ -92,7 +93,7 @@ class Retriever(nn.Module):
         check_pooling(folder / "1_Pooling/config.json", pooling)  # what others wrote must agree
         retriever = cls(llama, Tokenizer(base) if has_tokenizer else None, pooling)
         load_pooling(retriever, folder)
-        return retriever
+        return retriever.eval()
 
     def forward(self, ids, mask):
         """ids, mask [..., T], right padded, EOS last -> unit vectors [..., D] float32."""
@@ -418,9 +419,11 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
 
 def halves(text):
     """The first half of the words of `text`, and the rest."""
-    words = text.split()
+    words, between = text.split(), " "
+    if len(words) == 1:  # perhaps of a script without spaces
+        words, between = WORD.findall(text), ""
     middle = (len(words) + 1) // 2
-    return " ".join(words[:middle]), " ".join(words[middle:])
+    return between.join(words[:middle]), between.join(words[middle:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,6 +444,8 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
     """
     if retriever.tokenizer is None:
         raise ValueError(f"{retriever.llama.path} has no tokenizer.json, which encode needs")
+    if isinstance(texts, str):
+        raise ValueError("encode needs a list of texts, and was given one text")
     weight = retriever.llama.embed_tokens.weight
     device, shape = weight.device, (len(texts), weight.shape[1])
     batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 16384)
@@ -449,6 +454,9 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
     else:
         must_be_new(out)
         mapped = np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape)
+        if hasattr(os, "posix_fallocate"):  # on a full disk a write to memory kills the process
+            with blame(out, "could not be written"), open(f"{out}.partial", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         vectors = torch.from_numpy(mapped)
     # weights in bfloat16: by autocast, under which the residual stream stays float32
     low = weight.dtype.itemsize < 4

@@ -104,8 +104,8 @@ FLAGS = {
     "data": (None, "JSON lines of groups, which data.py makes; without: the toy world"),
     "model": (None, "the retriever's base model: a folder, or a hub id org/name[@revision]"),
     "lm": (None, "the language model's base model; without: --model"),
-    "retriever_adapter": (None, "start the retriever from this LoRA adapter"),
-    "lm_adapter": (None, "start the language model from this LoRA adapter"),
+    "retriever_adapter": (None, "start the retriever from this LoRA adapter, of its own rank"),
+    "lm_adapter": (None, "start the language model from this one, likewise"),
     "freeze_lm": (False, "train the retriever alone"),
     "out": ("runs/published", "run folder to write; must be empty, unless --resume"),
     "resume": (False, "go on from the last checkpoint, if there is one"),
@@ -407,6 +407,8 @@ def save_models(revela, folder, args, rank):
 
     Adapters, or after full training whole checkpoints with their tokenizers.
     """
+    if rank == 0:  # first, for without it the retriever would be read as one that pools by the EOS
+        save_pooling(revela.retriever, folder / "retriever")
     for name, llama in revela.llamas.items():
         if name == "lm" and args.freeze_lm:
             continue
@@ -421,8 +423,6 @@ def save_models(revela, folder, args, rank):
         for file in ("tokenizer.json", "tokenizer_config.json"):
             if (model_folder(llama.path) / file).exists():
                 shutil.copyfile(model_folder(llama.path) / file, folder / name / file)
-    if rank == 0:
-        save_pooling(revela.retriever, folder / "retriever")
 
 
 def save_checkpoint(folder, step, revela, optimizer, identity, rank):
@@ -474,9 +474,16 @@ def restore(folder, revela, optimizer, identity):
 
     Raises ValueError that names what differs if it is another training's. Collective.
     """
-    if not (folder / "latest").exists():
+    latest = folder / "latest"
+    found = [latest.read_text().strip() if latest.exists() else None]
+    if dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, found[0])
+    if len(set(found)) > 1:
+        raise ValueError(f"{folder}: processes see different ones; put --out on a shared disk")
+    if found[0] is None:
         return 0
-    start = folder / Path((folder / "latest").read_text().strip()).name  # never outside of `folder`
+    start = folder / Path(found[0]).name  # never outside of `folder`
     before, saved = read_json(start / "meta.json"), read_safetensors(start / "state.safetensors")
     for name, value in json.loads(json.dumps(identity)).items():  # as JSON: tuples become lists
         if before.get(name) != value:

@@ -304,6 +304,23 @@ def test_too_little_memory_is_one_line_that_says_where_help_is(monkeypatch, caps
     assert codes == [1, 1]
 
 
+def test_a_workers_mistake_is_one_line_and_ctrl_c_is_none(monkeypatch, capsys):
+    class Bad:
+        def __getitem__(self, i):
+            raise ValueError("groups.jsonl: group 3 is bad")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    codes = []
+    monkeypatch.setattr("data.leave", codes.append)
+    loader = torch.utils.data.DataLoader(Bad(), sampler=[3], num_workers=1)
+    data.command(lambda: list(loader))
+    assert re.fullmatch(r"\S+: groups.jsonl: group 3 is bad\n", capsys.readouterr().err)
+    data.command(interrupted)
+    assert codes == [1, 130] and capsys.readouterr().err == ""
+
+
 # --------------------------------------------------------------------------------------------------
 # notes
 

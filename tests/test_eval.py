@@ -113,6 +113,13 @@ def test_bm25_cuts_the_names_of_code(tmp_path):
         assert json.loads(out.read_text())["results"][0]["ndcg@10"] == found
 
 
+def test_bm25_leaves_marks_with_their_letters():
+    texts = ["हिन्दी की किताब", "बच्चे के लिए", "un cafe\u0301 noir", "مُحَمَّد x"]
+    words = [BM25(["x"]).words(text) for text in texts]
+    assert words == [text.split() for text in texts]
+    assert BM25(texts).scores("के").nonzero()[0].tolist() == [1]
+
+
 @pytest.mark.parametrize(
     "words", ["我喜欢猫 狗睡了 猫", "猫が好き 犬は寝た 猫", "ฉันรักแมว หมานอน แมว"]
 )
@@ -296,7 +303,8 @@ def ask(monkeypatch):
 
     def run(asked, *args):
         terminal = io.TextIOWrapper(io.BytesIO(), "ascii")  # lacks most characters
-        monkeypatch.setattr("sys.stdin", io.StringIO(asked))
+        typed = io.BytesIO(asked.encode("utf-8", "surrogateescape"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "utf-8"))
         monkeypatch.setattr("sys.stdout", terminal)
         run_main(*args)
         terminal.flush()
@@ -313,7 +321,7 @@ def test_questions_about_notes_are_answered_with_passages_and_their_files(tiny, 
     (notes / "cats.md").write_text(f"The cat sees milk.\n{purrs}Part E4711.")
     (notes / "dogs.py").write_text("# a dog likes the sun \N{DOG}\n")
     (notes / "zh.txt").write_text("猫" * 99 + "\n" + "狗" * 99)
-    asked = "milk of a cat\nzebra\n sun\n狗\n\nnever asked\n"
+    asked = "milk of a cat\nzebra \udce9\n sun\n狗\n\nnever asked\n"
     out, answers = ask(asked, "--bm25", "--interactive", notes)
     sources = [[source for _, source in answer] for answer in answers]
     assert sources == [["cats.md", "dogs.py"], [], ["dogs.py"], ["zh.txt"], []]
@@ -324,7 +332,7 @@ def test_questions_about_notes_are_answered_with_passages_and_their_files(tiny, 
     _, dense = ask(asked, "--model", tiny, "--interactive", notes, "--max_len", 64)
     retriever = Retriever.from_pretrained(tiny)
     vectors = retriever.encode([passage for _, passage in read_passages(notes)], max_len=64)
-    for question, answer in zip(asked.splitlines()[:4], dense):
+    for question, answer in zip(asked.replace("\udce9", "\ufffd").splitlines()[:4], dense):
         truth = (retriever.encode([question.strip()], "query", max_len=64) @ vectors.T)[0]
         best = truth.sort(descending=True).values[:5].tolist()
         assert [score for score, _ in answer] == pytest.approx(best, abs=1e-3)

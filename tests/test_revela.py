@@ -1,6 +1,7 @@
 """revela.py: losses and gradients against the loops of naive.py, and what must change nothing."""
 
 import math
+import os
 from argparse import Namespace
 from contextlib import nullcontext
 from functools import partial
@@ -15,7 +16,17 @@ import torch.nn.functional as F
 from conftest import TEXTS, make_model, with_lora
 
 from model import Llama, in_batch_attention, rope
-from revela import Contrastive, Control, Replug, Retriever, Revela, Tokenizer, collate, two_streams
+from revela import (
+    Contrastive,
+    Control,
+    Replug,
+    Retriever,
+    Revela,
+    Tokenizer,
+    collate,
+    halves,
+    two_streams,
+)
 from train import make_autocast, update, wrap_blocks
 
 GROUPS = [([TEXTS[0], TEXTS[7] + " so.", "ok"], None)]
@@ -300,6 +311,29 @@ def test_encode_is_the_same_alone_and_in_any_batch(tmp_path, pooling):
     assert np.array_equal(np.load(tmp_path / "v.npy"), mapped.numpy())
     with pytest.raises(ValueError, match="v.npy exists already"):
         encode(texts, out=tmp_path / "v.npy")
+    with pytest.raises(ValueError, match="needs a list of texts"):
+        encode("one text")
     retriever.tokenizer = None
     with pytest.raises(ValueError, match="base has no tokenizer.json"):
         encode(texts)
+
+
+def test_room_for_vectors_is_taken_before_a_text_is_encoded(tiny, tmp_path, monkeypatch):
+    retriever, taken = Retriever.from_pretrained(tiny), []
+
+    def embedded(ids, mask):
+        file = os.stat(tmp_path / "v.npy.partial")
+        taken.append(512 * file.st_blocks >= file.st_size > 2**20)
+        return torch.zeros(len(ids), 32)
+
+    monkeypatch.setattr(retriever, "forward", embedded)
+    retriever.encode(["a"] * 9000, out=tmp_path / "v.npy")
+    assert all(taken) and not retriever.training
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: open(tmp_path / "no/where"))
+    with pytest.raises(ValueError, match="w.npy could not be written: .*No such file"):
+        retriever.encode(["a"], out=tmp_path / "w.npy")
+
+
+def test_halves_are_of_words_or_of_characters_where_there_are_no_spaces():
+    assert halves("a bb\n c. d e") == ("a bb c.", "d e") and halves("one") == ("one", "")
+    assert halves("猫喜欢牛奶。狗喜欢太阳。") == ("猫喜欢牛奶。", "狗喜欢太阳。")

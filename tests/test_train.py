@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import eval
 import train
-from data import setup
-from model import Llama, in_batch_plan, load_adapter
+from data import setup, write
+from model import Llama, in_batch_plan, load_adapter, save_model
 from revela import Retriever, Revela, collate
 
 
@@ -401,6 +401,16 @@ def test_what_standardises_stays_with_the_retriever(tmp_path, lora):
     assert evaluated("eos") != after
 
 
+def test_a_retriever_is_never_saved_without_what_standardises_it(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_adapter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tmp_path, "run", "--pooling mean --max_steps 1 --warmup_steps 0"))
+    assert (tmp_path / "run/retriever/pooling.safetensors").exists()
+
+
 def test_held_out_groups_are_not_trained_on_but_diagnosed(tmp_path, capsys):
     method = MEAN.replace("groups 2", "groups 3"), "--eval_every 2"
     train.main(arguments(tmp_path, "out", *method))
@@ -497,6 +507,26 @@ def test_a_resume_without_the_adapter_that_it_began_with_is_refused(tmp_path):
         train.main([*args, f"--{name}_adapter", f"{tmp_path}/a/{name}"])
         with pytest.raises(ValueError, match="LoRA was {.* there, now it is"):
             train.main([*args, "--resume"])
+
+
+def sees_its_own_disk(folder):
+    _, rank, _ = setup("cpu")
+    if rank == 0:
+        write(folder / "0/latest", "step_000002\n")
+    with pytest.raises(ValueError, match="put --out on a shared disk"):
+        train.restore(folder / str(rank), None, None, {})
+
+
+def test_a_resume_where_processes_see_different_checkpoints_is_refused(tmp_path):
+    together(2, sees_its_own_disk, tmp_path)
+
+
+def test_a_retriever_given_as_the_language_model_is_refused(tmp_path):
+    args = arguments(tmp_path, "run", "--lm", f"{tmp_path}/retriever")
+    save_model(Llama.from_pretrained(tmp_path / "base", head=False), tmp_path / "retriever")
+    shutil.copy(tmp_path / "base/tokenizer.json", tmp_path / "retriever")
+    with pytest.raises(ValueError, match=r"retriever is \['LlamaModel'\], no language model"):
+        train.main(args)
 
 
 def test_a_resume_on_other_frozen_weights_is_refused(tmp_path):
