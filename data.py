@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import traceback
 import zlib
@@ -658,11 +659,13 @@ def command(main):
     code, failure = 1, None
     try:
         code = main()
-    except KeyboardInterrupt:
-        code = 130  # as shells have it
+    except KeyboardInterrupt:  # die by the signal: else a shell's loop would go on
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     except (ValueError, OSError) as error:
         # a worker's error comes with its traceback before it
-        failure = str(error).strip().rpartition("\nValueError: ")[2]
+        failure = str(error).strip().rpartition(f"\n{type(error).__name__}: ")[2]
     except Exception as error:
         # torch and numpy say "allocate" when memory runs out, on a CPU and on a GPU
         if isinstance(error, (RuntimeError, MemoryError)) and "allocate" in str(error):

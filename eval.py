@@ -211,9 +211,8 @@ ENDING = re.compile(r"(?<=\w{3})(?:ations?|ions?|ings?|ed|ly|ies|es|s|e|y)$")
 
 
 # Python's \w lacks the marks on letters: combining accents; Hebrew, Arabic and Indic vowels.
-MARK = "".join(chr(i) for i in range(0x300, 0xE00) if unicodedata.category(chr(i))[0] == "M")
-LETTER = rf"[^\W{UNSPACED}]"
-BM25_WORD = re.compile(rf"[{UNSPACED}]|{LETTER}+(?:[{MARK}]+{LETTER}*)*")
+MARK = "".join(chr(i) for i in range(0x11A00) if unicodedata.category(chr(i))[0] == "M")
+BM25_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]+[{MARK}]*)+")
 
 
 class BM25:
@@ -248,7 +247,7 @@ class BM25:
         """The words of `text`, without punctuation. Characters of unspaced scripts are words."""
         if self.identifiers:
             text = re.sub("_|(?<=[a-z])(?=[A-Z])", " ", text)
-        words = BM25_WORD.findall(text.lower())
+        words = BM25_WORD.findall(unicodedata.normalize("NFC", text.lower()))
         if self.english:
             words = [ENDING.sub("", word) for word in words if word not in STOP_WORDS]
         return words
@@ -401,6 +400,7 @@ def export(retriever, folder, max_len=512):
         raise ValueError(f"{ours.file} has no token {ours.eos_id}, the EOS, which --export needs")
     *start, eos = tokens
     merge_lora(retriever.llama)
+    save_pooling(retriever, folder)  # first: without it a killed export would pool by the EOS
     save_model(retriever.llama, folder)
     tokenizer = tokenizers.Tokenizer.from_str(ours.tokenizer.to_str())  # a copy
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -418,7 +418,6 @@ def export(retriever, folder, max_len=512):
     }
     write_json(folder / "tokenizer_config.json", config)
     write_modules(retriever, folder, max_len)
-    save_pooling(retriever, folder)
 
 
 def write_modules(retriever, folder, max_len):

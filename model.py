@@ -283,9 +283,6 @@ class Llama(nn.Module):
                 f"{path}: lm_head.weight is not the embedding; "
                 "set tie_word_embeddings in its config.json to false to use it"
             )
-        kind = str(read_json(folder / "config.json").get("architectures") or "ForCausalLM")
-        if head and "ForCausalLM" not in kind:  # its tied head would go unnoticed
-            raise ValueError(f"{path} is {brief(kind)}, no language model: give one by --lm")
         model.path = str(path)
         return model
 

@@ -83,6 +83,7 @@ class Retriever(nn.Module):
         """Read a Hugging Face checkpoint, and optionally a PEFT adapter on top of it.
 
         Both are folders or hub ids. The tokenizer is read where there is one; `encode` needs it.
+        The retriever comes in eval mode.
         """
         llama = Llama.from_pretrained(base, dtype, device, head=False)
         if adapter:
@@ -419,11 +420,9 @@ def collate(groups, tokenizer, lm_tokenizer, passage_max_len=157, first_half=Fal
 
 def halves(text):
     """The first half of the words of `text`, and the rest."""
-    words, between = text.split(), " "
-    if len(words) == 1:  # perhaps of a script without spaces
-        words, between = WORD.findall(text), ""
-    middle = (len(words) + 1) // 2
-    return between.join(words[:middle]), between.join(words[middle:])
+    ends = [word.end() for word in WORD.finditer(text)]
+    middle = ends[(len(ends) - 1) // 2]
+    return tuple(" ".join(half.split()) for half in (text[:middle], text[middle:]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,10 +452,11 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
         vectors = torch.empty(shape)
     else:
         must_be_new(out)
-        mapped = np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape)
-        if hasattr(os, "posix_fallocate"):  # on a full disk a write to memory kills the process
-            with blame(out, "could not be written"), open(f"{out}.partial", "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+        with blame(out, "could not be written"):
+            mapped = np.lib.format.open_memmap(f"{out}.partial", "w+", np.float32, shape)
+            if hasattr(os, "posix_fallocate"):  # on a full disk a write to memory kills the process
+                with open(f"{out}.partial", "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         vectors = torch.from_numpy(mapped)
     # weights in bfloat16: by autocast, under which the residual stream stays float32
     low = weight.dtype.itemsize < 4

@@ -104,8 +104,11 @@ FLAGS = {
     "data": (None, "JSON lines of groups, which data.py makes; without: the toy world"),
     "model": (None, "the retriever's base model: a folder, or a hub id org/name[@revision]"),
     "lm": (None, "the language model's base model; without: --model"),
-    "retriever_adapter": (None, "start the retriever from this LoRA adapter, of its own rank"),
-    "lm_adapter": (None, "start the language model from this one, likewise"),
+    "retriever_adapter": (
+        None,
+        "start the retriever from this LoRA adapter (its rank counts, not --lora_r)",
+    ),
+    "lm_adapter": (None, "start the language model from this LoRA adapter"),
     "freeze_lm": (False, "train the retriever alone"),
     "out": ("runs/published", "run folder to write; must be empty, unless --resume"),
     "resume": (False, "go on from the last checkpoint, if there is one"),
@@ -233,6 +236,10 @@ def build_models(args, dtype, device):
     if not args.lora_r:
         dtype = torch.float32  # all weights are trained
     lm = Llama.from_pretrained(args.lm, dtype, device)
+    config = read_json(model_folder(args.lm) / "config.json")
+    kind = str(config.get("architectures") or "ForCausalLM")
+    if "ForCausalLM" not in kind and args.objective != "contrastive":  # which does not use it
+        raise ValueError(f"{args.lm} is {kind}, and no language model: give one by --lm")
     if args.lm == args.model and args.lora_r:  # the frozen weights exist once
         base = filled(lm, lm.state_dict(), head=False)
     else:
@@ -480,7 +487,7 @@ def restore(folder, revela, optimizer, identity):
         found *= dist.get_world_size()
         dist.all_gather_object(found, found[0])
     if len(set(found)) > 1:
-        raise ValueError(f"{folder}: processes see different ones; put --out on a shared disk")
+        raise ValueError(f"{folder}: processes see different checkpoints; --out must be shared")
     if found[0] is None:
         return 0
     start = folder / Path(found[0]).name  # never outside of `folder`

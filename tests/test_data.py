@@ -4,13 +4,16 @@ import gzip
 import json
 import random
 import re
+import signal
+import subprocess
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import TEXTS, command, edit
+from conftest import ROOT, TEXTS, command, edit
 
 import data
 from data import (
@@ -297,28 +300,35 @@ def test_too_little_memory_is_one_line_that_says_where_help_is(monkeypatch, caps
 
     codes = []
     monkeypatch.setattr("data.leave", codes.append)
-    for fails in (gpu, lambda: torch.empty(2**60)):
+    for fails in (gpu, lambda: torch.empty(2**60), lambda: np.empty(2**57)):
         data.command(fails)
         line = r"\S+: out of memory \(.*allocate .*\)\. What helps: .*\n"
         assert re.fullmatch(line, capsys.readouterr().err)
-    assert codes == [1, 1]
+    assert codes == [1, 1, 1]
 
 
-def test_a_workers_mistake_is_one_line_and_ctrl_c_is_none(monkeypatch, capsys):
-    class Bad:
-        def __getitem__(self, i):
-            raise ValueError("groups.jsonl: group 3 is bad")
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    codes = []
-    monkeypatch.setattr("data.leave", codes.append)
-    loader = torch.utils.data.DataLoader(Bad(), sampler=[3], num_workers=1)
+def test_a_workers_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.leave", lambda _: None)
+    file = tmp_path / "groups.jsonl"
+    file.write_text('["a", "b"]')
+    loader = torch.utils.data.DataLoader(Groups(file, 2), num_workers=1)
+    file.write_text("nonsense")
     data.command(lambda: list(loader))
-    assert re.fullmatch(r"\S+: groups.jsonl: group 3 is bad\n", capsys.readouterr().err)
-    data.command(interrupted)
-    assert codes == [1, 130] and capsys.readouterr().err == ""
+    assert re.fullmatch(r"\S+: .*group 0 is not JSON in UTF-8: .*\n", capsys.readouterr().err)
+    file.unlink()
+    data.command(lambda: list(loader))
+    assert re.fullmatch(r"\S+: .*No such file.*\n", capsys.readouterr().err)
+
+
+def test_ctrl_c_prints_nothing_and_a_shell_sees_it():
+    code = "import data, time; data.command(lambda: print('begun', flush=True) or time.sleep(99))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
 
 
 # --------------------------------------------------------------------------------------------------

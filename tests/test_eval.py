@@ -114,9 +114,10 @@ def test_bm25_cuts_the_names_of_code(tmp_path):
 
 
 def test_bm25_leaves_marks_with_their_letters():
-    texts = ["हिन्दी की किताब", "बच्चे के लिए", "un cafe\u0301 noir", "مُحَمَّد x"]
+    texts = ["हिन्दी की किताब", "बच्चे के लिए", "x\u0301 un café", "مُحَمَّد x", "བོད་ ꯃꯤꯇꯩ"]
     words = [BM25(["x"]).words(text) for text in texts]
-    assert words == [text.split() for text in texts]
+    assert words == [text.replace("་", "").split() for text in texts]
+    assert BM25(["x"]).words("cafe\u0301") == ["café"]
     assert BM25(texts).scores("के").nonzero()[0].tolist() == [1]
 
 
@@ -441,6 +442,18 @@ def test_what_sentence_transformers_saved_is_read_as_it_is_or_refused(tiny):
     put("1_Pooling/config.json", pooling_mode_mean_sqrt_len_tokens=True)  # another mean than ours
     with pytest.raises(ValueError, match="1_Pooling/config.json: .* or mean"):
         Retriever.from_pretrained(tiny)
+
+
+def test_an_export_is_never_without_what_standardises_it(tiny, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval, "save_model", killed)
+    retriever = Retriever.from_pretrained(tiny)
+    retriever.pooling = "mean"
+    with pytest.raises(KeyboardInterrupt):
+        eval.export(retriever, tmp_path / "export")
+    assert (tmp_path / "export" / POOLING).exists()
 
 
 def test_the_average_of_retrievers_is_that_of_their_weights(tiny, tmp_path, monkeypatch):

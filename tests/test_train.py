@@ -513,7 +513,7 @@ def sees_its_own_disk(folder):
     _, rank, _ = setup("cpu")
     if rank == 0:
         write(folder / "0/latest", "step_000002\n")
-    with pytest.raises(ValueError, match="put --out on a shared disk"):
+    with pytest.raises(ValueError, match="--out must be shared"):
         train.restore(folder / str(rank), None, None, {})
 
 
@@ -525,8 +525,9 @@ def test_a_retriever_given_as_the_language_model_is_refused(tmp_path):
     args = arguments(tmp_path, "run", "--lm", f"{tmp_path}/retriever")
     save_model(Llama.from_pretrained(tmp_path / "base", head=False), tmp_path / "retriever")
     shutil.copy(tmp_path / "base/tokenizer.json", tmp_path / "retriever")
-    with pytest.raises(ValueError, match=r"retriever is \['LlamaModel'\], no language model"):
+    with pytest.raises(ValueError, match=r"retriever is \['LlamaModel'\], and no language model"):
         train.main(args)
+    train.main([*args, "--objective", "contrastive"])  # which does not use it
 
 
 def test_a_resume_on_other_frozen_weights_is_refused(tmp_path):
