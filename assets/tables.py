@@ -204,18 +204,20 @@ def own(system, *names):
 
 
 def own_texts():
-    """Trained on an encyclopedia, and on the collection's own documents."""
+    """Trained on an encyclopedia, and on the collection's own documents; last that of code."""
     yield from head(
         "| | mean, untrained | on Wikipedia | on its own texts | own texts - Wikipedia "
         "| own texts - BM25 `--english` | both - BM25 `--english` |"
     )
-    for title, names in ROWS[1:]:
-        cells = [cell("small/untrained", "dense", *names)]
-        cells += [span(ndcg("small/seed-?", "dense", *names)), span(own("dense", *names))]
+    classic = "small/untrained", ("small/seed-?", "dense"), ("bm25-english", "bm25")
+    code = "small/pydoc-untrained", ("small/pydoc-?", "dense"), ("small/own-pydoc-0", "bm25")
+    rows = [(*row, *classic) for row in ROWS[1:]] + [("pydoc", ["pydoc"], *code)]
+    for title, names, untrained, wiki, bm25 in rows:
         dense, fused = (("small/own-{}-?", system) for system in ("dense", "fused"))
-        cells.append(paired(names, dense, ("small/seed-?", "dense")))
-        english = ("bm25-english", "bm25")
-        yield line(title, *cells, *(paired(names, side, english) for side in (dense, fused)))
+        cells = [cell(untrained, "dense", *names)]
+        cells += [span(ndcg(*wiki, *names)), span(own("dense", *names))]
+        pairs = (dense, wiki), (dense, bm25), (fused, bm25)
+        yield line(title, *cells, *(paired(names, *sides) for sides in pairs))
 
 
 def gains():
