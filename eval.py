@@ -209,7 +209,6 @@ STOP_WORDS = """a an and are as at be but by for if in into is it no not of on o
 their then there these they this to was will with""".split()
 ENDING = re.compile(r"(?<=\w{3})(?:ations?|ions?|ings?|ed|ly|ies|es|s|e|y)$")
 
-
 # Python's \w lacks the marks on letters: combining accents; Hebrew, Arabic and Indic vowels.
 MARK = "".join(chr(i) for i in range(0x11A00) if unicodedata.category(chr(i))[0] == "M")
 BM25_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]+[{MARK}]*)+")

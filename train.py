@@ -236,10 +236,9 @@ def build_models(args, dtype, device):
     if not args.lora_r:
         dtype = torch.float32  # all weights are trained
     lm = Llama.from_pretrained(args.lm, dtype, device)
-    config = read_json(model_folder(args.lm) / "config.json")
-    kind = str(config.get("architectures") or "ForCausalLM")
-    if "ForCausalLM" not in kind and args.objective != "contrastive":  # which does not use it
-        raise ValueError(f"{args.lm} is {kind}, and no language model: give one by --lm")
+    kind = read_json(model_folder(args.lm) / "config.json").get("architectures")
+    if kind and "ForCausalLM" not in str(kind) and args.objective != "contrastive":
+        raise ValueError(f"{args.lm} is {kind!r:.80}, and no language model: give one by --lm")
     if args.lm == args.model and args.lora_r:  # the frozen weights exist once
         base = filled(lm, lm.state_dict(), head=False)
     else:
