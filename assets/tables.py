@@ -314,20 +314,21 @@ def replug_pilots():
 def contrastive():
     """The best of the pilots at full length: as many updates as Revela, then more than its time."""
     yield from head(
-        "| | mean, untrained | contrastive | 230 updates | 230 updates at 7e-5 | Revela "
-        "| Revela - contrastive | Revela - 230 at 7e-5 |"
+        "| | mean, untrained | contrastive | 230 updates | 230 updates at 7e-5 | REPLUG | Revela "
+        "| Revela - contrastive | Revela - 230 at 7e-5 | Revela - REPLUG |"
     )
     short, long, low = (f"small/contrastive-{kind}?" for kind in ("", "230-", "7e-5-"))
     for title, names in ROWS:
-        runs = ["small/untrained", short, long, low, "small/seed-?"]
+        runs = ["small/untrained", short, long, low, "small/replug-0", "small/seed-?"]
         cells = [span(ndcg(run, "dense", *names)) for run in runs]
-        for other in (short, low):
+        for other in (short, low, "small/replug-0"):
             cells.append(paired(names, ("small/seed-?", "dense"), (other, "dense")))
         yield line(title, *cells)
-    sides = [(f"small/torch-{runs}", "dense") for runs in ("untrained", "contrastive-?", "?")]
-    untrained, trained, revela = (span(ndcg(*side, STUDY)) for side in sides)
-    difference = paired([STUDY], sides[2], sides[1])
-    yield line("torch's source", untrained, trained, "–", "–", revela, difference, "–")
+    runs = ("untrained", "contrastive-?", "replug-0", "?")
+    sides = [(f"small/torch-{run}", "dense") for run in runs]
+    untrained, trained, replug, revela = (span(ndcg(*side, STUDY)) for side in sides)
+    more, most = (paired([STUDY], sides[3], side) for side in sides[1:3])
+    yield line("torch's source", untrained, trained, "–", "–", replug, revela, more, "–", most)
 
 
 def averaged():
