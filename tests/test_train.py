@@ -591,7 +591,7 @@ RECIPES = {
         dtype="bfloat16", first_half=True, passage_max_len=64, inbatch_scale=0.25, v_norm=False,
         attn_temperature=0.1, lora_r=32, lora_alpha=64, lora_dropout=0, learning_rate=6e-4,
         warmup_steps=10, gradient_accumulation_steps=1, max_steps=100, pooling="mean",
-        inbatch_form="convex", inbatch_start=0.5, heldout_groups=8),
+        inbatch_form="convex", inbatch_start=0.5, heldout_groups=8, save_steps=50),
     "published": dict(
         dtype="bfloat16", first_half=True, passage_max_len=157, inbatch_scale=1, v_norm=True,
         attn_temperature=1e-4, lora_r=256, lora_alpha=64, lora_dropout=0.1, learning_rate=1e-4,
