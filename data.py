@@ -647,6 +647,15 @@ def barrier():
         dist.barrier()
 
 
+def gathered(value):
+    """[value of each process], in order. Collective: all must call it."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def leave(code):
     """End this process without Python's shutdown, in which one of gloo's threads may abort it."""
     sys.stdout.flush()

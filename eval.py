@@ -42,6 +42,7 @@ from data import (
     barrier,
     command,
     flags_given,
+    gathered,
     must_be_new,
     must_exist,
     read_collections,
@@ -190,9 +191,7 @@ def dense_run(retriever, collection, k=1000, out=None, **options):
     asked = retriever.encode(list(queries.values()), "query", **options)  # [Q, D]
     scores, indices = search(asked, passages, k + 1)  # one more: one may be the query itself
     if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, (scores, indices + start))
-        scores, indices = merge(parts, k + 1)
+        scores, indices = merge(gathered((scores, indices + start)), k + 1)
     run = {}
     for qid, row, found in zip(queries, scores.tolist(), indices.tolist()):
         pairs = zip([docids[i] for i in found], row)
@@ -210,8 +209,8 @@ their then there these they this to was will with""".split()
 ENDING = re.compile(r"(?<=\w{3})(?:ations?|ions?|ings?|ed|ly|ies|es|s|e|y)$")
 
 # Python's \w lacks the marks on letters: combining accents; Hebrew, Arabic and Indic vowels.
-MARK = "".join(chr(i) for i in range(0x11A00) if unicodedata.category(chr(i))[0] == "M")
-BM25_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]+[{MARK}]*)+")
+COMBINING = "".join(chr(i) for i in range(0x11A00) if unicodedata.category(chr(i))[0] == "M")
+BM25_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]+[{COMBINING}]*)+")
 
 
 class BM25:

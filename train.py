@@ -54,6 +54,7 @@ from data import (
     blame,
     command,
     flags_given,
+    gathered,
     group_order,
     model_folder,
     read_collections,
@@ -237,6 +238,7 @@ def build_models(args, dtype, device):
         dtype = torch.float32  # all weights are trained
     lm = Llama.from_pretrained(args.lm, dtype, device)
     kind = read_json(model_folder(args.lm) / "config.json").get("architectures")
+    # a head that is tied is in no file: a retriever would pass for a language model
     if kind and "ForCausalLM" not in str(kind) and args.objective != "contrastive":
         raise ValueError(f"{args.lm} is {kind!r:.80}, and no language model: give one by --lm")
     if args.lm == args.model and args.lora_r:  # the frozen weights exist once
@@ -481,15 +483,12 @@ def restore(folder, revela, optimizer, identity):
     Raises ValueError that names what differs if it is another training's. Collective.
     """
     latest = folder / "latest"
-    found = [latest.read_text().strip() if latest.exists() else None]
-    if dist.is_initialized():
-        found *= dist.get_world_size()
-        dist.all_gather_object(found, found[0])
-    if len(set(found)) > 1:
+    found = latest.read_text().strip() if latest.exists() else None
+    if len(set(gathered(found))) > 1:
         raise ValueError(f"{folder}: processes see different checkpoints; --out must be shared")
-    if found[0] is None:
+    if found is None:
         return 0
-    start = folder / Path(found[0]).name  # never outside of `folder`
+    start = folder / Path(found).name  # never outside of `folder`
     before, saved = read_json(start / "meta.json"), read_safetensors(start / "state.safetensors")
     for name, value in json.loads(json.dumps(identity)).items():  # as JSON: tuples become lists
         if before.get(name) != value:

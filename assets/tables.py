@@ -327,8 +327,9 @@ def contrastive():
     runs = ("untrained", "contrastive-?", "replug-0", "?")
     sides = [(f"small/torch-{run}", "dense") for run in runs]
     untrained, trained, replug, revela = (span(ndcg(*side, STUDY)) for side in sides)
-    more, most = (paired([STUDY], sides[3], side) for side in sides[1:3])
-    yield line("torch's source", untrained, trained, "–", "–", replug, revela, more, "–", most)
+    differences = [paired([STUDY], sides[3], side) for side in sides[1:3]]
+    cells = [untrained, trained, "–", "–", replug, revela, differences[0], "–", differences[1]]
+    yield line("torch's source", *cells)
 
 
 def averaged():
