@@ -466,6 +466,8 @@ def identify(args, groups, per_update, llamas):
     identity |= {"groups": len(groups), "checksum of --data": groups.checksum}
     identity |= {"processes x --groups_per_device x --gradient_accumulation_steps": per_update}
     for name, llama in llamas.items():
+        tokenizer = model_folder(llama.path) / "tokenizer.json"
+        identity[f"the {name}'s tokenizer.json (checksum)"] = zlib.crc32(tokenizer.read_bytes())
         identity |= {f"the {name}'s {k}": value for k, value in vars(llama.config).items()}
         identity[f"the {name}'s LoRA"] = llama.lora  # that of a given adapter, not of the flags
         checksum = 0
@@ -749,6 +751,7 @@ def train(args, device, rank, world_size):
     accumulation = args.gradient_accumulation_steps or max(1, 32 // side_by_side)
     per_update = accumulation * side_by_side  # groups
     total = args.max_steps or math.ceil(args.num_train_epochs * n_train / per_update)
+    to_batch = make_collate(args, revela.retriever.tokenizer)
     identity = identify(args, groups, per_update, revela.llamas)
     # mean and std come with the model, or from a checkpoint, or are measured before update 1
     has_pooling = load_pooling(revela.retriever, model_folder(args.retriever_adapter or args.model))
@@ -757,7 +760,6 @@ def train(args, device, rank, world_size):
         n_train, args.seed, first_step, total,
         rank, world_size, accumulation, args.groups_per_device,
     )  # fmt: skip
-    to_batch = make_collate(args, revela.retriever.tokenizer)
     loader = make_loader(args, groups, order, to_batch, gpu)
     if rank == 0:
         write_json(out / "config.json", vars(args) | {"made_by": made_by()})

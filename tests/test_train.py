@@ -701,6 +701,9 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
         train.check_out(tmp_path / "killed", resume=True)
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     edit(tmp_path / "other", rope_theta=7.0)
+    shutil.copytree(tmp_path / "base", tmp_path / "words")
+    with open(tmp_path / "words/tokenizer.json", "a") as file:
+        file.write("\n")
     write_groups(tmp_path / "longer", 13)
     raw = (tmp_path / "groups.jsonl").read_text()
     (tmp_path / "changed").write_text(raw.replace("milk", "wine", 1))
@@ -712,6 +715,8 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(tmp_path):
         f"--data {tmp_path}/changed": "checksum of --data was",
         f"--model {tmp_path}/other": "retriever.* rope_theta was 10000.0 there, now it is 7.0",
         f"--lm {tmp_path}/other": "lm.* rope_theta was 10000.0",
+        f"--model {tmp_path}/words": r"the retriever's tokenizer.json \(checksum\) was",
+        f"--lm {tmp_path}/words": r"the lm's tokenizer.json \(checksum\) was",
     }.items():
         with pytest.raises(ValueError, match=message):
             train.main([*args, "--resume", *more.split()])
