@@ -10,8 +10,8 @@
 A collection is a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv. Every document
 is scored against every query, exactly. A *run* is {query id: {document id: score}}, as deep as
 --top_k; *qrels* are {query id: {document id: grade}}. The measures are trec_eval's: they rank by
-float32 score, equal scores by document id in descending order, and leave out queries that have no
-relevant document.
+float32 score, equal scores by document id in descending order. Only queries that have no relevant
+document, which have 0 there, are left out.
 
 Shapes:   Q queries   P passages (documents)   D hidden_size   k results of a query
 """

@@ -336,16 +336,18 @@ LORA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
     """Freeze `llama` and give its projections a trainable correction alpha/r * B A, zero at first.
 
-    A [r, in] and B [out, r] are float32, on `device` or where the layer is. Raises ValueError for
-    an unknown name in `targets`.
+    It takes the place of any LoRA before. A [r, in] and B [out, r] are float32, on `device` or
+    where the layer is. Raises ValueError for an unknown name in `targets`.
     """
+    targets = sorted(targets)
     for name in targets:
         if name not in LORA_TARGETS:
             raise ValueError(f"LoRA target {name} is unknown; need some of {LORA_TARGETS}")
     llama.requires_grad_(False)
-    targets = sorted(targets)
     llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     for name, layer in llama.named_modules():
+        if name.endswith(tuple(LORA_TARGETS)):
+            layer.lora_A = layer.lora_B = None
         if name.endswith(tuple(targets)):
             where = device or layer.weight.device
             layer.lora_A = nn.Linear(layer.in_features, r, bias=False, device=where)
@@ -421,8 +423,8 @@ def in_batch_attention(q, k, v, weights, mask, v_norm=True):
 # weight is next to nothing is left out: `in_batch_plan` says who reads whom.
 
 
-# A weight up to this is left out: its part in the sum and in the gradient is as small. At tau 1e-4
-# most are that small, at 0.05 few.
+# A weight up to this is left out: its part in the sum is as small, and so is the error in the
+# gradient of s / tau. At tau 1e-4 most are that small, at 0.05 few.
 NEGLIGIBLE = 1e-8
 MAX_SCORES = 2**24  # attention scores that exist at once: 64 MiB in float32
 
@@ -451,22 +453,21 @@ def in_batch_plan(weights, H, T, negligible=NEGLIGIBLE, max_scores=MAX_SCORES):
 
 
 def in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan):
-    """`in_batch_attention` [G, B, H, T, d] with nothing but the terms of `plan` in its sums.
+    """`in_batch_attention` with nothing but the terms of `plan` in its sums.
 
-    weights [G, B, B] have a diagonal of zero. Scores exist for one part of the plan at a time, and
-    are computed again for the backward pass: they are far larger than what they come from.
+    q [N, H, T, d], k and v [N, H_kv, T, d], mask [G, B, T] -> [N, H, T, d]. weights [G, B, B] have
+    a diagonal of zero. Scores exist for one part of the plan at a time, and are computed again for
+    the backward pass: they are far larger than what they come from.
     """
-    G, B, _, T, d = q.shape
-    bias = mask[:, :, None].bool().log().to(v.dtype)  # [G, B, 1, T]: log 1 is 0, log 0 is -inf
+    N, _, T, d = q.shape
+    B = weights.shape[-1]
+    bias = mask.reshape(N, 1, T).bool().log().to(v.dtype)  # log 1 is 0, log 0 is -inf
     if v_norm:
-        lengths = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [G, B, H_kv, T]: n_u
+        lengths = torch.linalg.vector_norm(v, dim=-1) + 1e-6  # [N, H_kv, T]: n_u
         v = v / lengths[..., None]
-        bias = bias + lengths.log()
-    queries = q.reshape(G * B, k.shape[2], -1, d)  # [N, H_kv, H/H_kv*T, d]
+        bias = bias + lengths.log()  # [N, H_kv, T]
+    queries = q.reshape(N, k.shape[1], -1, d)  # [N, H_kv, H/H_kv*T, d]
     queries = queries / math.sqrt(d)
-    k = k.flatten(0, 1)  # [N, H_kv, T, d]
-    v = v.flatten(0, 1)
-    bias = bias.flatten(0, 1)  # [N, H_kv or 1, T]
     weights = weights.flatten(0, 1)  # [N, B]
 
     def passages(x, j):
@@ -665,7 +666,7 @@ def load_strictly(model, tensors, source, device, dtype):
 
 
 def load_adapter(llama, folder):
-    """Add the LoRA matrices of a PEFT folder to `llama`.
+    """Freeze `llama` and put the LoRA matrices of a PEFT folder in place of any it has.
 
     Raises ValueError that names a field or tensor of what is more than plain LoRA.
     """
@@ -685,7 +686,10 @@ def load_adapter(llama, folder):
 
 
 def save_adapter(llama, folder):
-    """Write the LoRA matrices as a PEFT folder, for the bare decoder or, with a head, the LM."""
+    """Write the LoRA matrices as a PEFT folder, for the bare decoder or, with a head, the LM.
+
+    With mean pooling a retriever needs `revela.save_pooling`, too.
+    """
     if llama.has_head:
         prefix, task = "base_model.model.model.", "CAUSAL_LM"
     else:
@@ -701,6 +705,8 @@ def save_adapter(llama, folder):
 
 def save_model(llama, folder):
     """Write all weights as a Hugging Face checkpoint: a causal LM, or the bare decoder."""
+    if llama.lora:
+        raise ValueError("save_model needs a model without LoRA: call merge_lora, or save_adapter")
     if llama.has_head:
         prefix, kind = "model.", "ForCausalLM"
     else:

@@ -72,6 +72,8 @@ class Retriever(nn.Module):
 
     def __init__(self, llama, tokenizer=None, pooling="eos"):
         super().__init__()
+        if pooling not in ("eos", "mean"):
+            raise ValueError(f"pooling is {pooling!r:.80}; need 'eos' or 'mean'")
         self.llama, self.tokenizer, self.pooling = llama, tokenizer, pooling
         # 0 and 1, which change nothing, until `standardise` or `load_pooling`
         zero = torch.zeros(llama.config.hidden_size, device=llama.embed_tokens.weight.device)
@@ -189,7 +191,7 @@ class Revela(nn.Module):
     def diagnose(self, batch):
         """What are the weights worth? The loss with them, with uniform ones, and of passages alone.
 
-        Returns {name: scalar tensor}, and the weights [G, B, B].
+        Returns {name: scalar tensor}, and the weights [G, B, B]. Without dropout in eval mode only.
         """
         w = self.weights(batch)
         uniform = torch.full_like(w, 1 / (w.shape[-1] - 1))  # `two_streams` ignores the diagonal
@@ -275,20 +277,17 @@ def two_streams(lm, ids, mask, weights, v_norm=True, scale=1.0, convex=False, st
     @torch.compiler.disable  # each form of the plan would be compiled anew
     def add_others(own, q, k, v):
         """own, the causal attention, plus what the passages read from each other [N, H, T, d]."""
-        q = q.unflatten(0, (G, B))  # [G, B, H, T, d]: of the in-batch stream, as own
-        k = k.unflatten(0, (G, B))  # [G, B, H_kv, T, d]: of the context stream, as v
-        v = v.unflatten(0, (G, B))
         others = in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
         if convex:
             own = (1 - scale) * own
-        return own + scale * others.flatten(0, 1)
+        return own + scale * others
 
     x = lm.embed(ids.flatten(0, 1))  # [N, T, D]
     first = int(start * len(lm.layers))
     for block in lm.layers[:first]:  # the streams are still the same: run once
         x, _, _ = block(x, cos, sin)
     context = stream = x
-    # a block goes on with what read(own, q) returns, and returns x, keys (after RoPE) and values
+    # a block returns x, keys (after RoPE) and values; read(own, q) takes the place of own attention
     for block in lm.layers[first:]:
         last = block is lm.layers[-1]  # of its context stream only keys and values are needed
         context, k, v = block(context, cos, sin, kv_only=last)
@@ -374,8 +373,7 @@ class Tokenizer:
         """
         texts = [PREFIX[kind] + text for text in texts]
         rows = self.token_ids(texts, max_len - 1)
-        rows = [row[: int(len(row) * ratio)] for row in rows]
-        return [row + [self.eos_id] for row in rows]
+        return [row[: int(len(row) * ratio)] + [self.eos_id] for row in rows]
 
 
 def pad(rows, value):
@@ -481,12 +479,11 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
 def by_length(rows, batch_tokens):
     """Yield lists of indices of `rows`, the longest first: batches of at most `batch_tokens`.
 
-    A longer text is a batch of its own. What `pad` adds does not count.
+    All texts of a batch count as long as its longest. A longer one is a batch of its own.
     """
-    lengths = [len(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: lengths[i], reverse=True)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     while order:
-        size = max(1, batch_tokens // lengths[order[0]])
+        size = max(1, batch_tokens // len(rows[order[0]]))
         yield order[:size]
         order = order[size:]
 
@@ -526,7 +523,7 @@ def save_pooling(retriever, folder):
     """Write `mean` and `std` if there are any."""
     if retriever.pooling == "mean":
         tensors = {"mean": retriever.mean.cpu(), "std": retriever.std.cpu()}
-        write_safetensors(folder / POOLING, tensors)
+        write_safetensors(f"{folder}/{POOLING}", tensors)
 
 
 def check_pooling(file, pooling):
@@ -587,7 +584,7 @@ class Replug(Revela):
         loss = mean over i of KL(L_i || R_i),   KL = sum over j of L_ij log(L_ij / R_ij)
 
     This is the direction that Revela's authors compare with. `reverse_kl`: KL(R_i || L_i), as the
-    REPLUG paper has it. Batches are those of Revela.
+    REPLUG paper has it. Batches are those of Revela: a passage may begin with a BOS, D_i as well.
     """
 
     count = Contrastive.count
@@ -614,7 +611,7 @@ class Replug(Revela):
         """l_ij [G, B, B] float32. The diagonal, D_i after itself, is of no use."""
         self.lm.eval()  # no dropout; it is frozen anyway
         rows = []
-        for ids, mask in zip(batch["lm_ids"], batch["lm_mask"]):  # [B, T] of a group
+        for ids, mask in zip(batch["lm_ids"], batch["lm_mask"].bool()):  # [B, T] of a group
             passages = [row[real].tolist() for row, real in zip(ids, mask)]
             of_group = [self.likelihood(own, passages) for own in passages]  # B of [B]
             rows.append(torch.stack(of_group))

@@ -8,8 +8,8 @@
 An update takes `gradient_accumulation_steps` micro-batches on each process, of
 `groups_per_device` groups of `train_group_size` passages. Passages see each other within their
 group alone: more accumulation or more processes mean more groups in an update, not larger ones. The
-loss of an update is the mean over all of its tokens, however they are spread. What is "collective"
-below must be called by all processes.
+loss of an update is the mean over all of its tokens (of other objectives: passages), however they
+are spread. What is "collective" below must be called by all processes.
 
 A run folder (--out) holds config.json (all arguments), metrics.jsonl, checkpoints/, and at the end
 retriever/ and lm/: PEFT adapters, or whole checkpoints after full training (--lora_r 0). The toy
@@ -134,7 +134,11 @@ FLAGS = {
     "v_norm": (True, "divide what is read by the mean length of its values"),
     "first_half": (True, "the query of a passage is its first half, not all of it"),
     "dual_loss": (False, "add the context stream's own next-token loss"),
-    "train_group_size": (16, "passages of a group that are used: its first ones", 2),
+    "train_group_size": (
+        16,
+        "passages of a group that are used, its first ones; of 2 the retriever learns nothing",
+        2,
+    ),
     "passage_max_len": (
         157,
         "tokens of a passage that are read; the retriever's prefix and EOS count",
@@ -153,7 +157,7 @@ FLAGS = {
     "num_train_epochs": (1.0, "passes over --data, if --max_steps does not say", 1e-9),
     "max_steps": (0, "updates; 0: what --num_train_epochs asks for"),
     "groups_per_device": (1, "groups side by side in one micro-batch", 1),
-    "gradient_accumulation_steps": (0, "micro-batches an update; 0: 32 groups an update"),
+    "gradient_accumulation_steps": (0, "micro-batches an update; 0: about 32 groups an update"),
     "seed": (0, "of weights, dropout, order of the data, and the toy world"),
     # machine, log, checkpoints
     "device": (None, "cuda, mps or cpu; without: the first that is there"),
@@ -369,7 +373,7 @@ def update(model, micro_batches, seeds, optimizer, max_grad_norm, autocast, devi
     """
     revela = getattr(model, "module", model)
     counts = [revela.count(batch) for batch in micro_batches]
-    total = all_reduce(sum(counts))
+    total = all_reduce(sum(counts)).clamp(min=1)  # passages of one token have no target
     stats = Counter(tokens=sum(revela.is_target(batch).sum() for batch in micro_batches))
     for i, batch in enumerate(micro_batches):
         share = counts[i] / total
@@ -539,10 +543,9 @@ class Log:
     def __init__(self, file, first_step, device, rank):
         self.file, self.device, self.rank = file, device, rank
         self.sums = Counter()
-        lines = file.read_text("utf-8").splitlines(keepends=True) if first_step else []
         # what comes after the checkpoint is dropped, and half a line of a killed run
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        rows = [row for row in rows if row["step"] <= first_step]
+        lines = file.read_text("utf-8").split("\n")[:-1] if first_step else []
+        rows = [row for row in map(json.loads, lines) if row["step"] <= first_step]
         # whether the evaluation after `first_step` is there: the run may have been killed before it
         self.evaluated = any(row["step"] == first_step and "loss" not in row for row in rows)
         if rank == 0:
@@ -771,7 +774,7 @@ def train(args, device, rank, world_size):
         f"{sum(p.numel() for p in revela.parameters() if p.requires_grad):,} trained parameters; "
         f"{args.dtype} on {device}"
     )
-    if args.warmup_steps >= total:
+    if args.warmup_steps > total:
         say(f"--warmup_steps {args.warmup_steps}: the run ends before its learning rate's peak")
 
     def batch_of(i):
@@ -812,9 +815,8 @@ def train(args, device, rank, world_size):
         log.sums.update(stats, seconds=time.perf_counter() - began, updates=1)  # adds
 
         last = step == total
-        stop = bool(signals)
-        if world_size > 1:  # a signal to any process stops all
-            stop = bool(all_reduce(torch.full((), len(signals), device=device)))
+        # a signal to any process stops all
+        stop = bool(all_reduce(torch.full((), len(signals), device=device)))
         if every(args.logging_steps, step) or last or stop:
             log.line(step, total, lr)
         if every(args.save_steps, step) or last or stop:

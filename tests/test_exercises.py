@@ -26,9 +26,9 @@ def our_read(q, k, v, mask, v_norm=True):
 
 def our_attention(q, k, v, weights, mask, v_norm=True):
     weights = weights.clone().fill_diagonal_(0)
-    groups = [x[None] for x in (q, k, v, weights, mask)]
-    plan = in_batch_plan(groups[3], 1, 1, 0, 1000)
-    return in_batch_attention_fast(*groups, v_norm, plan)[0]
+    weights, mask = weights[None], mask[None]
+    plan = in_batch_plan(weights, 1, 1, 0, 1000)
+    return in_batch_attention_fast(q, k, v, weights, mask, v_norm, plan)
 
 
 def our_loss(retriever, lm, batch, tau):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import data
 from data import Groups, blame, read_beir, read_lines
 from eval import read_passages
-from model import Llama, LlamaConfig, load_adapter, save_adapter, save_model
+from model import Llama, LlamaConfig, load_adapter, merge_lora, save_adapter, save_model
 from revela import Retriever, Tokenizer, collate, load_pooling
 
 
@@ -285,7 +285,9 @@ def test_what_is_no_regular_file_is_not_read(full, file, kind):
 
 def test_what_is_written_replaces_a_link_and_does_not_go_through_it(full, tmp_path):
     (tmp_path / "precious").write_text("mine")
-    for write, llama in ((save_adapter, read_all(full)[0]), (save_model, read_all(full)[0])):
+    adapted, merged = read_all(full)[0], read_all(full)[0]
+    merge_lora(merged)
+    for write, llama in ((save_adapter, adapted), (save_model, merged)):
         out = tmp_path / write.__name__
         out.mkdir()
         for file in FILES:

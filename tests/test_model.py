@@ -77,7 +77,8 @@ def test_the_fast_form_is_the_definition(v_norm, read):
         plan = model.in_batch_plan(w, 1, 1, 0, size)
         assert plan[0][1].shape[1] == most and max(j.numel() for _, j in plan) <= max(size, most)
         parts.append(len(plan))
-        out = model.in_batch_attention_fast(q, k, v, w, mask, v_norm, plan)
+        rows = (x.flatten(0, 1) for x in (q, k, v))  # [N, ...]
+        out = model.in_batch_attention_fast(*rows, w, mask, v_norm, plan).view_as(q)
         ours = [out, *torch.autograd.grad(out, inputs, d_out, retain_graph=True)]
         for one, other in zip(ours, truths):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -97,7 +98,9 @@ def test_bfloat16_leaves_the_gradient_of_the_weights_what_passages_do_not_share(
         if form == "plain" or dtype == torch.float64:
             out = model.in_batch_attention(*args)
         else:
-            out = model.in_batch_attention_fast(*args, model.in_batch_plan(w, 1, 1, 0, 16))
+            plan = model.in_batch_plan(w, 1, 1, 0, 16)
+            rows = (x.flatten(0, 1) for x in args[:3])  # [N, ...]
+            out = model.in_batch_attention_fast(*rows, *args[3:], plan).view_as(q)
         assert out.dtype == dtype
         out.backward(d_out.to(dtype))
         rows = [row[kept].double() for row, kept in zip(w.grad[0], read) if kept.any()]
@@ -213,7 +216,14 @@ def test_lora_starts_at_zero_freezes_the_rest_and_merges(tiny):
     assert trained == {"q_proj", "down_proj"}
     with pytest.raises(ValueError, match="w_proj is unknown"):
         add_lora(llama, 2, 6, targets=["w_proj"])
+    with_lora(llama)
+    add_lora(llama, 2, 6, targets=(name for name in ["v_proj"]))  # in place of what was there
+    assert torch.equal(llama(ids), before) and llama.lora["target_modules"] == ["v_proj"]
+    trained = {n.split(".")[-3] for n, p in llama.named_parameters() if p.requires_grad}
+    assert trained == {"v_proj"}
     apart = with_lora(llama)(ids)
+    with pytest.raises(ValueError, match="needs a model without LoRA"):
+        model.save_model(llama, tiny)
     model.merge_lora(llama)
     assert llama.lora is None and not any(".lora_" in n for n, _ in llama.named_parameters())
     torch.testing.assert_close(llama(ids), apart, rtol=1e-5, atol=1e-5)

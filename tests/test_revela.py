@@ -147,6 +147,7 @@ def test_a_baselines_loss_and_gradients_equal_naive_loops(name, tmp_path):
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
     assert objective.stats["max_weight"].item() == pytest.approx(largest, rel=1e-5)
     assert objective.stats["loss"] == loss and int(objective.count(batch)) == 6
+    assert objective({k: t.long() for k, t in batch.items()}) == loss  # Hugging Face's masks
     check_gradients(retriever.llama, lora)
     check_gradients(lm, {})
 
@@ -257,6 +258,8 @@ def test_the_benchmark_compares_like_with_like():
 
 
 def test_the_mean_is_of_all_before_the_eos_and_standardised_by_that_of_passages(tmp_path):
+    with pytest.raises(ValueError, match="pooling is 'lasttoken'; need 'eos' or 'mean'"):
+        make(tmp_path, pooling="lasttoken")
     retriever, _, short = make(tmp_path, pooling="mean")
     long = make(tmp_path, [([TEXTS[5] * 2, "b", TEXTS[1]], None)] * 3)[2]  # padded further
     w, shared = merged(retriever.llama)[1], (retriever.mean, retriever.std)

@@ -160,7 +160,7 @@ def test_the_learning_rate_is_its_closed_form():
 
 
 def test_a_warmup_that_is_longer_than_the_run_is_said(tmp_path, capsys):
-    for warmup, said in ((3, False), (50, True)):
+    for warmup, said in ((3, False), (4, False), (5, True)):
         train.main(arguments(tmp_path, f"run{warmup}", f"--max_steps 4 --warmup_steps {warmup}"))
         assert ("--warmup_steps" in "".join(capsys.readouterr())) == said
 
@@ -230,6 +230,15 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path):
     with pytest.raises(ValueError, match="loss nan, .* nothing was updated.*--learning_rate"):
         train.main(arguments(tmp_path, "run", "--resume"))
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000002\n"
+
+
+def test_an_update_without_a_target_is_counted_as_none(tmp_path):
+    """Passages of one token each: there is no next one."""
+    args = arguments(tmp_path, "run", "--max_steps 1 --warmup_steps 0")
+    (tmp_path / "groups.jsonl").write_text('["a", "b", "c"]\n' * 4)
+    train.main(args)
+    [row] = metrics(tmp_path / "run")
+    assert row["loss"] == row["max_weight"] == row["tokens_per_s"] == 0
 
 
 def test_an_evaluation_that_fails_loses_no_training(tmp_path, monkeypatch):
