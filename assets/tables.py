@@ -319,12 +319,12 @@ def contrastive():
     )
     short, long, low = (f"small/contrastive-{kind}?" for kind in ("", "230-", "7e-5-"))
     for title, names in ROWS:
-        runs = ["small/untrained", short, long, low, "small/replug-0", "small/seed-?"]
+        runs = ["small/untrained", short, long, low, "small/replug-?", "small/seed-?"]
         cells = [span(ndcg(run, "dense", *names)) for run in runs]
-        for other in (short, low, "small/replug-0"):
+        for other in (short, low, "small/replug-?"):
             cells.append(paired(names, ("small/seed-?", "dense"), (other, "dense")))
         yield line(title, *cells)
-    runs = ("untrained", "contrastive-?", "replug-0", "?")
+    runs = ("untrained", "contrastive-?", "replug-?", "?")
     sides = [(f"small/torch-{run}", "dense") for run in runs]
     untrained, trained, replug, revela = (span(ndcg(*side, STUDY)) for side in sides)
     differences = [paired([STUDY], sides[3], side) for side in sides[1:3]]
