@@ -346,7 +346,7 @@ def add_lora(llama, r, alpha, dropout=0.0, targets=LORA_TARGETS, device=None):
     llama.requires_grad_(False)
     llama.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     for name, layer in llama.named_modules():
-        if name.endswith(tuple(LORA_TARGETS)):
+        if isinstance(layer, Linear):
             layer.lora_A = layer.lora_B = None
         if name.endswith(tuple(targets)):
             where = device or layer.weight.device

@@ -191,7 +191,7 @@ class Revela(nn.Module):
     def diagnose(self, batch):
         """What are the weights worth? The loss with them, with uniform ones, and of passages alone.
 
-        Returns {name: scalar tensor}, and the weights [G, B, B]. Without dropout in eval mode only.
+        Returns {name: scalar tensor}, and the weights [G, B, B]. In training mode with dropout.
         """
         w = self.weights(batch)
         uniform = torch.full_like(w, 1 / (w.shape[-1] - 1))  # `two_streams` ignores the diagonal
@@ -479,7 +479,7 @@ def encode_texts(retriever, texts, kind="passage", max_len=512, batch_tokens=Non
 def by_length(rows, batch_tokens):
     """Yield lists of indices of `rows`, the longest first: batches of at most `batch_tokens`.
 
-    All texts of a batch count as long as its longest. A longer one is a batch of its own.
+    All texts of a batch count as long as its longest. A text of more tokens is a batch of its own.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     while order:
@@ -584,7 +584,8 @@ class Replug(Revela):
         loss = mean over i of KL(L_i || R_i),   KL = sum over j of L_ij log(L_ij / R_ij)
 
     This is the direction that Revela's authors compare with. `reverse_kl`: KL(R_i || L_i), as the
-    REPLUG paper has it. Batches are those of Revela: a passage may begin with a BOS, D_i as well.
+    REPLUG paper has it. Batches are those of Revela. If the tokenizer adds a BOS, D_j and D_i each
+    begin with one.
     """
 
     count = Contrastive.count

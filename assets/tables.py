@@ -400,20 +400,20 @@ def claims():
             for runs in (("b-noeos", "b-sim-s1"), ("f-rand4", "b-rand4-s1"))
         )
         yield f"{data}: alike - random: " + interval([(alike, other)])
-    own, wiki = ("small/torch-own-?", "dense"), ("small/torch-?", "dense")
+    source, wiki = ("small/torch-own-?", "dense"), ("small/torch-?", "dense")
     code, english = ("small/torch-own-0", "bm25"), ("small/torch-english", "bm25")
     both = "small/torch-own-?", "fused"
     for title, *sides in (
-        ("on the source - on Wikipedia", own, wiki),
-        ("on the source - BM25 --english --identifiers", own, code),
+        ("on the source - on Wikipedia", source, wiki),
+        ("on the source - BM25 --english --identifiers", source, code),
         ("on Wikipedia - BM25 --english --identifiers", wiki, code),
-        ("on the source - BM25 --english", own, english),
+        ("on the source - BM25 --english", source, english),
         ("on Wikipedia - BM25 --english", wiki, english),
         ("both - BM25 --english --identifiers", both, code),
     ):
         yield f"torch: {title}: " + paired([STUDY], *sides)
-    own = "small/own-{}-?", "dense"
-    yield "mean of three: own texts - BM25: " + paired(ROWS[-1][1], own, ("bm25", "bm25"))
+    texts = "small/own-{}-?", "dense"
+    yield "mean of three: own texts - BM25: " + paired(ROWS[-1][1], texts, ("bm25", "bm25"))
     late = [row for row in RUNS if row["update"] >= 30]
     for what in ("gain", "sib_map"):
         found = [correlation([(r[what], r[data]) for r in late]) for data in ("adi", "med")]
